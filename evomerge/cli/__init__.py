@@ -1,0 +1,49 @@
+"""The `evomerge` command: thin commands over the library. Heavy imports stay inside the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from evomerge.cli import look, models, runs
+from evomerge.errors import LostRunError, UserError
+
+app = typer.Typer(
+    name="evomerge",
+    help="Search for the best way to merge fine-tuned language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (*runs.COMMANDS, *look.COMMANDS, *models.COMMANDS):
+    app.command()(command)
+
+
+@app.callback()
+def _main(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+) -> None:
+    if version:
+        from evomerge import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line. Exit code 2: the user can mend it; 1: our own fault; 130: interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except (UserError, LostRunError) as problem:
+        print(f"evomerge: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("evomerge: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -1,0 +1,165 @@
+"""What commands print: tables, progress, JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from evomerge.search import Progress as Step
+
+PLAIN_SECONDS = 5.0
+"""Least time between progress lines where there is no terminal."""
+
+console = Console(highlight=False, soft_wrap=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def print_json(data: Any) -> None:
+    """Print data as JSON, the only thing on standard output."""
+    json.dump(data, sys.stdout, indent=2, allow_nan=False, ensure_ascii=False)
+    sys.stdout.write("\n")
+
+
+class Listener:
+    """Shows a run's progress on standard error: a bar on a terminal, lines elsewhere.
+
+    Used as a context manager; `notice` prints a line at any time.
+    """
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._phase = ""
+        self._began = (0, time.monotonic())
+        self._shown = 0.0
+
+    def __enter__(self) -> Listener:
+        if errors.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description:<10}"),
+                BarColumn(bar_width=28),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[line]}"),
+                TimeElapsedColumn(),
+                console=errors,
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(self, *rest: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def notice(self, text: str) -> None:
+        """Print a line for people."""
+        errors.print(text, markup=False)
+
+    def __call__(self, step: Step) -> None:
+        """Show one step."""
+        now = time.monotonic()
+        if step.phase != self._phase:
+            self._phase, self._began = step.phase, (step.done - 1, now)
+            if self._bar is not None:
+                self._task = self._bar.add_task(step.phase, total=step.total, line="")
+        done, seconds = step.done - self._began[0], now - self._began[1]
+        rate = (done - 1) / seconds * 60 if done > 1 and seconds > 0 else 0.0
+        left = (step.total - step.done) / rate * 60 if rate else None
+        line = self._line(step, rate, left)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step.done, total=step.total, line=line)
+        elif now - self._shown > PLAIN_SECONDS or step.done == step.total:
+            self._shown = now
+            errors.print(f"{step.phase:<10} {step.done}/{step.total}  {line}", markup=False)
+
+    @staticmethod
+    def _line(step: Step, rate: float, left: float | None) -> str:
+        parts = []
+        if step.best is not None:
+            parts.append(f"best {step.best:.3f}")
+        parts.append("last failed" if step.current is None else f"last {step.current:.3f}")
+        if rate:
+            parts.append(f"{rate:.0f}/min")
+        if left is not None and step.done < step.total:
+            parts.append(f"{duration(left)} left")
+        parts.append(f"{step.workers} worker{'s' if step.workers != 1 else ''}")
+        if step.failures:
+            parts.append(f"{step.failures} failed")
+        if step.deaths:
+            parts.append(f"{step.deaths} workers lost")
+        return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time for people, such as `3m 20s`."""
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f}m {seconds % 60:02.0f}s"
+    return f"{seconds // 3600:.0f}h {seconds % 3600 // 60:02.0f}m"
+
+
+def moment(seconds: float) -> str:
+    """Return a Unix time for people, in local time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def with_interval(scores: Mapping[str, Any] | None) -> str:
+    """Return `0.512 (0.480 to 0.544)`, a dash where there is nothing."""
+    if scores is None:
+        return "-"
+    text = f"{scores['score']:.3f}"
+    if scores.get("low") is not None:
+        text += f" ({scores['low']:.3f} to {scores['high']:.3f})"
+    return text
+
+
+def result_table(data: Mapping[str, Any]) -> Table:
+    """Return the scores of winner and baselines, from what `Summary.to_json` returns."""
+    table = Table(title=f"{data['name']}: scores (95 % bootstrap intervals)", title_justify="left")
+    table.add_column("model")
+    for split in ("search", "select", "test"):
+        table.add_column(split, justify="right", no_wrap=True)
+    rows = [data["best"]] if data["best"] else []
+    for row in [*rows, *data["baselines"]]:
+        search = row["search"]
+        name = row["name"] + (f" (candidate {row['candidate']})" if row["name"] == "winner" else "")
+        if row["origin"].startswith("baseline:task_arithmetic@"):
+            name += f" at {row['origin'].partition('@')[2]}"
+        table.add_row(
+            name,
+            "-" if search is None else f"{search:.3f}",
+            with_interval(row["select"]),
+            with_interval(row["test"]),
+            style="bold" if row["name"] == "winner" else None,
+        )
+    return table
+
+
+def task_table(data: Mapping[str, Any]) -> Table:
+    """Return the test metrics of winner and baselines, one column a task."""
+    rows = [row for row in ([data["best"]] if data["best"] else []) + data["baselines"] if row["test"]]
+    names = list(rows[0]["test"]["tasks"]) if rows else []
+    table = Table(title="test metrics by task", title_justify="left")
+    table.add_column("model")
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(row["name"], *(f"{row['test']['tasks'][name]['metric']:.3f}" for name in names))
+    return table
+
+
+def simple_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """Return a plain table."""
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    return table

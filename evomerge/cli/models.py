@@ -1,0 +1,99 @@
+"""Commands that make and score models: merge, export, evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from evomerge.cli.options import JsonOption, SetOption, StoreOption, open_store
+
+OutArgument = Annotated[Path, typer.Argument(help="The directory to make.", show_default=False)]
+
+
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="An evomerge or mergekit YAML file.", show_default=False)],
+    out: OutArgument,
+) -> None:
+    """Merge models as a recipe says and write the result as a Hugging Face directory."""
+    from evomerge.checkpoints.writer import check_target
+    from evomerge.mergekit import read_any_recipe
+
+    parsed = read_any_recipe(recipe)
+    check_target(out)
+    from evomerge.merging.stream import open_sources, write_model
+
+    opened = open_sources(parsed.refs, recipe.parent.resolve())
+    with _bytes_written() as progress:
+        typer.echo(
+            write_model(parsed, opened, out, texts={"recipe.yaml": parsed.to_yaml()}, progress=progress)
+        )
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="Name of the run.", show_default=False)],
+    out: OutArgument,
+    candidate: Annotated[
+        int | None, typer.Option("--candidate", min=0, help="Its number [the winner].")
+    ] = None,
+    store: StoreOption = None,
+) -> None:
+    """Write the winner of a run, or any candidate, as a Hugging Face directory."""
+    from evomerge.checkpoints.writer import check_target
+
+    check_target(out)
+    with open_store(store) as opened:
+        view = opened.run(run)
+        from evomerge.report.export import export_candidate
+
+        with _bytes_written() as progress:
+            typer.echo(export_candidate(view, out, candidate, progress=progress))
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model directory or hub id.", show_default=False)],
+    config: Annotated[Path, typer.Argument(help="A run config, for its fitness.", show_default=False)],
+    split: Annotated[
+        Literal["search", "select", "test"], typer.Option("--split", help="Which documents.")
+    ] = "select",
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score any model on the documents of a config."""
+    from evomerge.cli.display import console, errors, print_json, simple_table
+    from evomerge.config import read_config
+
+    parsed = read_config(config, overrides or [])
+    errors.print("loading", markup=False)
+    from evomerge.workers.evaluate import evaluate_model
+
+    outcome = evaluate_model(model, parsed, config.parent.resolve(), split)
+    if as_json:
+        print_json(outcome.to_json())
+        return
+    rows = [
+        (name, f"{task.metric:.4f}", "-" if task.stderr is None else f"{task.stderr:.4f}")
+        for name, task in outcome.tasks.items()
+    ]
+    score = f"{outcome.score:.4f}" if outcome.score is not None else outcome.reason
+    error = "-" if outcome.stderr is None else f"{outcome.stderr:.4f}"
+    console.print(simple_table(("task", "metric", "standard error"), [*rows, ("score", score, error)]))
+
+
+@contextmanager
+def _bytes_written() -> Iterator[Callable[[int, int], None]]:
+    """Show how much of a model has been written, on a terminal."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from evomerge.cli.display import errors
+
+    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bar:
+        task = bar.add_task("writing", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+COMMANDS = (merge, evaluate, export)

@@ -1,0 +1,190 @@
+"""Commands that drive runs: run, resume, validate, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from evomerge.cli.options import JsonOption, SetOption, StoreOption, open_store
+
+if TYPE_CHECKING:
+    from evomerge.config import RunConfig
+    from evomerge.store import RunView, Store
+
+ConfigArgument = Annotated[Path, typer.Argument(help="The run config, a YAML file.", show_default=False)]
+WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Number of workers.")]
+
+
+def run(
+    config: ConfigArgument,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run [as in the config].")] = None,
+    workers: WorkersOption = None,
+    overrides: SetOption = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Start a search and drive it to the end."""
+    from evomerge.config import read_config
+
+    given = list(overrides or [])
+    given += [f"name={name}"] if name else []
+    given += [f"workers.count={workers}"] if workers else []
+    parsed = read_config(config, given)
+    base_dir = config.parent.resolve()
+    with open_store(store or _store_of(parsed, base_dir), create=True) as opened:
+        view = drive(parsed, base_dir, opened)
+        finish(view, as_json=as_json)
+
+
+def resume(
+    run: Annotated[str, typer.Argument(help="Name of the run.", show_default=False)],
+    evaluations: Annotated[int | None, typer.Option("--evaluations", min=1, help="New budget.")] = None,
+    workers: WorkersOption = None,
+    accept_drift: Annotated[
+        bool, typer.Option("--accept-drift", help="Go on although sources or tasks changed.")
+    ] = False,
+    overrides: SetOption = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Go on with a run that was stopped, killed or finished."""
+    from evomerge import drive as driver
+    from evomerge.cli.display import Listener
+
+    changes: dict[str, Any] = {}
+    if evaluations:
+        changes["budget"] = {"evaluations": evaluations}
+    if workers:
+        changes["workers"] = {"count": workers}
+    with open_store(store) as opened, Listener() as listener:
+        view = driver.resume(
+            run,
+            opened,
+            changes=changes,
+            overrides=tuple(overrides or ()),
+            accept_drift=accept_drift,
+            listener=listener,
+            notice=listener.notice,
+        )
+        finish(view, as_json=as_json)
+
+
+def drive(config: RunConfig, base_dir: Path, store: Store) -> RunView:
+    """Start a run with progress on standard error."""
+    from evomerge import drive as driver
+    from evomerge.cli.display import Listener
+
+    with Listener() as listener:
+        return driver.start(config, base_dir, store, listener=listener, notice=listener.notice)
+
+
+def finish(view: RunView, *, as_json: bool) -> None:
+    """Write what the config asks for and print what was found."""
+    from evomerge.cli.display import console, print_json, result_table, task_table
+    from evomerge.report.summary import Summary, status_of, verdict
+
+    data = Summary(view).to_json()
+    files = _outputs(view) if view.status == "finished" else {}
+    if as_json:
+        print_json({**data, "files": {name: str(path) for name, path in files.items()}})
+        return
+    if data["best"] is not None:
+        console.print(result_table(data))
+    if data["gains"]:
+        console.print(task_table(data))
+        console.print(verdict(data["gains"]))
+    if view.status == "finished":
+        for kind, path in files.items():
+            console.print(f"{kind}: {path}", soft_wrap=True)
+        if "model" not in files:
+            console.print(f"next: evomerge export {view.name} OUT", soft_wrap=True)
+    else:
+        console.print(f"run {view.name} is {status_of(view)}; go on with: evomerge resume {view.name}")
+
+
+def _outputs(view: RunView) -> dict[str, Path]:
+    """Write the report and the model where the config says so."""
+    from evomerge.config import OutputSettings
+
+    output = OutputSettings.model_validate(view.config["output"])
+    folder = Path(output.folder or f"runs/{view.name}")
+    written: dict[str, Path] = {}
+    if output.report:
+        from evomerge.report.page import write_report
+
+        folder.mkdir(parents=True, exist_ok=True)
+        written["report"] = write_report(view, folder / "report.html")
+    if output.export:
+        from evomerge.report.export import export_candidate
+
+        target = folder / "model"
+        if not target.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            written["model"] = export_candidate(view, target)
+    return written
+
+
+def _store_of(config: RunConfig, base_dir: Path) -> str | None:
+    if config.store is None or "://" in config.store:
+        return config.store
+    return str(base_dir / config.store)
+
+
+def validate(config: ConfigArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+    """Check a config against the files it names, and say what a run would do."""
+    from evomerge.cli.display import console, print_json, simple_table
+    from evomerge.config import read_config
+    from evomerge.report.estimate import estimate
+
+    found = estimate(read_config(config, overrides or []), config.parent.resolve())
+    if as_json:
+        print_json(found)
+        return
+    for warning in found["warnings"]:
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+    console.print(simple_table(("what", "value"), [(k, v) for k, v in found["summary"].items()]))
+    console.print("The config is valid.")
+
+
+def schema() -> None:
+    """Print the JSON schema of the config file, for editors."""
+    from evomerge.cli.display import print_json
+    from evomerge.config import json_schema
+
+    print_json(json_schema())
+
+
+def demo(
+    folder: Annotated[Path, typer.Option("--folder", help="Where everything goes.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the search.")] = 0,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Number of workers.")] = 2,
+    as_json: JsonOption = False,
+) -> None:
+    """Train tiny experts and run the whole job on them, offline, in a few minutes."""
+    from evomerge.cli.display import errors
+    from evomerge.demo.run import prepare
+
+    def stage(name: str, done: int, total: int) -> None:
+        if done == total or done % 50 == 0:
+            errors.print(f"training  {name} {done}/{total}", markup=False)
+
+    config_path = prepare(folder, seed=seed, workers=workers, progress=stage)
+    from evomerge.config import read_config
+
+    parsed = read_config(config_path)
+    with open_store(str(folder / "evomerge.db"), create=True) as opened:
+        known = {view.name for view in opened.runs()}
+        if parsed.name in known:
+            view = opened.run(parsed.name)
+            if view.status != "finished":
+                from evomerge import drive as driver
+
+                view = driver.resume(parsed.name, opened)
+        else:
+            view = drive(parsed, config_path.parent, opened)
+        finish(view, as_json=as_json)
+
+
+COMMANDS = (demo, run, resume, validate, schema)

@@ -1,0 +1,180 @@
+"""One driver session: take the run, start the workers, search, let go. Loads no torch.
+
+The store is opened first and written last: a config, source, task or cluster that does not work leaves
+nothing behind.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from evomerge.config import CHANGEABLE, RunConfig, parse_config
+from evomerge.errors import ConfigError, LostRunError, StoreError, UserError
+from evomerge.plan import Plan, drift
+from evomerge.search import Progress, Search
+from evomerge.store import Run, RunView, Store
+from evomerge.workers.inline import InlinePool
+from evomerge.workers.pool import Pool
+from evomerge.workers.ray_pool import RayPool
+
+Listener = Callable[[Progress], None]
+Notice = Callable[[str], None]
+
+
+def _silent(text: str) -> None:
+    del text
+
+
+def make_pool(plan: Plan) -> Pool:
+    """Return the config's pool, not yet started."""
+    settings = plan.config.workers
+    cores = os.cpu_count() or 1
+    if settings.pool == "inline":
+        return InlinePool(plan.worker_spec(settings.threads or cores))
+    return RayPool(plan.worker_spec(settings.threads or max(1, int(settings.cpus))), settings)
+
+
+def start(
+    config: RunConfig,
+    base_dir: Path,
+    store: Store,
+    *,
+    listener: Listener = lambda progress: None,
+    notice: Notice = _silent,
+) -> RunView:
+    """Create a run and drive it until it is finished or stopped.
+
+    Args:
+        config: The run's config.
+        base_dir: What its paths are relative to.
+        store: Where it is kept.
+        listener: Called after each outcome.
+        notice: Called with lines for people.
+
+    Returns:
+        The run as it is then.
+
+    Raises:
+        UserError: Something in the config does not work; the store is as it was.
+    """
+    if any(run.name == config.name for run in store.runs()):
+        raise StoreError(
+            f'run "{config.name}" exists already; go on with it by `evomerge resume {config.name}`, '
+            "or choose another name with --name"
+        )
+    notice("reading sources and tasks")
+    plan = Plan(config, base_dir)
+    for warning in plan.warnings:
+        notice(f"warning: {warning}")
+    notice("starting workers")
+    with make_pool(plan) as pool:
+        run = store.create_run(config.name, config.model_dump(mode="json"), plan.facts())
+        return _drive(run, plan, pool, store, listener, notice)
+
+
+def resume(
+    name: str,
+    store: Store,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    overrides: tuple[str, ...] = (),
+    accept_drift: bool = False,
+    listener: Listener = lambda progress: None,
+    notice: Notice = _silent,
+) -> RunView:
+    """Go on with a run.
+
+    Args:
+        name: The run.
+        store: Where it is kept.
+        changes: Changed keys of the config's `budget`, `workers` and `output` sections.
+        overrides: The same as `section.key=value`.
+        accept_drift: Go on although sources or tasks changed; the change is recorded.
+        listener: Called after each outcome.
+        notice: Called with lines for people.
+
+    Raises:
+        UserError: The run is driven by another process, or what it was made of has changed.
+    """
+    view = store.run(name)
+    if view.owner_alive:
+        raise StoreError(f'run "{name}" is driven by {view.owner}; stop that process first')
+    data = {**view.config}
+    for section, values in (changes or {}).items():
+        data[section] = {**(data.get(section) or {}), **values}
+    config = parse_config(data, f"run {name}", overrides)
+    _check_unchanged(view, config)
+    notice("reading sources and tasks")
+    plan = Plan(config, Path(view.facts["base_dir"]))
+    changed = drift(view.facts, plan.facts())
+    if changed and not accept_drift:
+        raise StoreError(f"run {name}: {changed[0]}; restore it, or go on with --accept-drift")
+    notice("starting workers")
+    with make_pool(plan) as pool:
+        run = store.take_run(name)
+        run.set_config(config.model_dump(mode="json"))
+        if changed:
+            run.add_event("drift_accepted", {"changes": changed})
+            run.set_facts({**plan.facts(), "drift": [*view.facts.get("drift", []), *changed]})
+        return _drive(run, plan, pool, store, listener, notice)
+
+
+def _check_unchanged(view: RunView, config: RunConfig) -> None:
+    now = config.model_dump(mode="json")
+    for section, value in now.items():
+        if section not in CHANGEABLE and value != view.config.get(section):
+            raise ConfigError(
+                f"{section}: cannot change while a run lasts; only {', '.join(sorted(CHANGEABLE))} can. "
+                "Start a new run with this config"
+            )
+
+
+def _drive(run: Run, plan: Plan, pool: Pool, store: Store, listener: Listener, notice: Notice) -> RunView:
+    search = Search(run, plan, pool, listener)
+    run.set_status("running")
+    run.add_event("started", {"pid": os.getpid(), "workers": pool.state().workers})
+    try:
+        with _stopping(search, notice):
+            finished = search.run()
+        run.release("finished" if finished else "stopped")
+    except LostRunError:
+        raise
+    except KeyboardInterrupt:
+        run.release("stopped")
+        pool.close(kill=True)
+    except UserError as problem:
+        run.release("failed", str(problem))
+        raise
+    except BaseException as problem:
+        run.release("failed", f"{type(problem).__name__}: {problem}")
+        raise
+    return store.run(run.name)
+
+
+@contextmanager
+def _stopping(search: Search, notice: Notice) -> Iterator[None]:
+    """Stop after the running candidates at the first SIGINT or SIGTERM, at once at the second SIGINT."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        if search.stopping and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        search.stopping = True
+        notice("stopping after the candidates that are running; Ctrl-C again stops at once")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

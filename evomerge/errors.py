@@ -1,0 +1,69 @@
+"""Exceptions, by whose fault it is.
+
+```
+EvomergeError
+├── UserError            the user can mend it: one line, exit code 2
+│   ├── ConfigError      a run config or an override
+│   ├── RecipeError      a recipe, or a mergekit file that cannot be read as one
+│   ├── SourceError      a checkpoint that is missing, broken, or does not fit the others
+│   ├── FitnessError     a task, a metric, a document count, a fitness callable
+│   └── StoreError       a store or run that is missing, taken, damaged, or of another version
+├── CandidateError       one candidate is at fault: it becomes an outcome, the run goes on
+└── LostRunError         another driver has taken the run over; this one must stop writing
+```
+
+Messages say what, where, expected, got, and what to do, in one line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EvomergeError(Exception):
+    """Any error raised on purpose by evomerge."""
+
+
+class UserError(EvomergeError):
+    """The input or the environment is at fault; shown as one line without traceback, exit code 2."""
+
+
+class ConfigError(UserError):
+    """A run config, a command-line value or an override is wrong."""
+
+
+class RecipeError(UserError):
+    """A recipe is wrong, or a mergekit file has no counterpart here."""
+
+
+class SourceError(UserError):
+    """A checkpoint is missing, broken, or does not fit the others."""
+
+
+class FitnessError(UserError):
+    """A task, metric, document count or fitness callable is wrong."""
+
+
+class StoreError(UserError):
+    """A store or run is missing, taken by another driver, damaged, or of another version."""
+
+
+class CandidateError(EvomergeError):
+    """One candidate cannot be built or scored (non-finite weights or scores); the run goes on."""
+
+
+class LostRunError(EvomergeError):
+    """The run's epoch moved on: another driver owns it now, and nothing more may be written."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return `; did you mean "x"?` for the known word nearest to `word`, or the list of known words.
+
+    The result is meant to be appended to a message; it is empty when nothing is known.
+    """
+    names = [str(name) for name in known]
+    close = difflib.get_close_matches(word, names, n=1)
+    if close:
+        return f'; did you mean "{close[0]}"?'
+    return f"; known: {', '.join(sorted(names))}" if names else ""

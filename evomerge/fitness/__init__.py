@@ -1,0 +1,1 @@
+"""Scoring candidates: lm-eval tasks or a callable, document splits, honest selection."""

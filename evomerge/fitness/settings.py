@@ -1,0 +1,115 @@
+"""The `fitness` section of a run config. No torch, no lm-eval."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from evomerge.strict import StrictModel
+
+
+class DocumentCounts(StrictModel):
+    """How many documents of a task go to each split; the splits never share a document.
+
+    Attributes:
+        search: Scored for every candidate.
+        select: Scored for the finalists and the baselines, to choose the winner.
+        test: Scored at the very end, to report; `rest`: all that are left.
+    """
+
+    search: int = Field(default=100, ge=1)
+    select: int = Field(default=100, ge=1)
+    test: int | Literal["rest"] = "rest"
+
+    @field_validator("test")
+    @classmethod
+    def _at_least_one(cls, test: int | str) -> int | str:
+        if isinstance(test, int) and test < 1:
+            raise ValueError(f"expected at least 1 or rest, got {test}")
+        return test
+
+
+class TaskSettings(StrictModel):
+    """One lm-eval task or group.
+
+    Attributes:
+        name: As lm-eval knows it.
+        weight: Its share in the score.
+        metric: The metric to search for, such as `acc_norm`; None: the task's first.
+        filter: The filter whose answers are scored; None: the task's first.
+        num_fewshot: Examples in the prompt; None: as the task says.
+        documents: Counts for this task; None: those of the fitness section. For a group they are shared
+            out among its tasks in proportion to their sizes.
+    """
+
+    name: str = Field(min_length=1)
+    weight: float = Field(default=1.0, gt=0)
+    metric: str | None = None
+    filter: str | None = None
+    num_fewshot: int | None = Field(default=None, ge=0)
+    documents: DocumentCounts | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_metric(cls, data: Any) -> Any:
+        """Accept a bare name, and lm-eval's `metric,filter`."""
+        if isinstance(data, str):
+            return {"name": data}
+        if isinstance(data, dict) and isinstance(data.get("metric"), str) and "," in data["metric"]:
+            metric, _, filter_name = data["metric"].partition(",")
+            return {**data, "metric": metric, "filter": data.get("filter") or filter_name}
+        return data
+
+
+class FitnessSettings(StrictModel):
+    """How candidates are scored: lm-eval tasks, or one Python callable.
+
+    Attributes:
+        tasks: The tasks; the score is the weighted mean of their metrics, negated where lower is better.
+        function: `module:name` or `path/to/file.py:name` of a callable instead of tasks; see
+            `fitness.function`.
+        include_paths: Directories with task files of your own, relative to the config.
+        trust_code: Those of them whose Python code may run; needed where a task file uses `!function`.
+        allow_unsafe_code: Allow tasks that execute what a model writes.
+        documents: Document counts per task.
+        resample: Draw this many search documents per task anew for each generation; None: always all.
+        chat_template: Wrap prompts in the tokenizer's chat template; a name picks one of several.
+        system_prompt: Put before every prompt.
+        fewshot_as_multiturn: With a chat template, give the examples as turns of a conversation.
+        batch_tokens: Padded tokens in one forward pass.
+    """
+
+    tasks: tuple[TaskSettings, ...] = ()
+    function: str | None = Field(default=None, pattern=r"^[^:]+:[A-Za-z_][A-Za-z0-9_]*$")
+    include_paths: tuple[str, ...] = ()
+    trust_code: tuple[str, ...] = ()
+    allow_unsafe_code: bool = False
+    documents: DocumentCounts = DocumentCounts()
+    resample: int | None = Field(default=None, ge=1)
+    chat_template: bool | str = False
+    system_prompt: str | None = None
+    fewshot_as_multiturn: bool = False
+    batch_tokens: int = Field(default=8192, ge=64)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if bool(self.tasks) == bool(self.function):
+            raise ValueError("give either tasks or a function")
+        names = [task.name for task in self.tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f'tasks: "{name}" is listed twice')
+        for path in self.trust_code:
+            if path not in self.include_paths:
+                raise ValueError(f'trust_code: "{path}" is not one of include_paths')
+        if self.resample is not None:
+            if self.function:
+                raise ValueError("resample: needs tasks")
+            for task in self.tasks:
+                search = (task.documents or self.documents).search
+                if self.resample > search:
+                    raise ValueError(
+                        f"resample: {self.resample} exceeds the {search} search documents of {task.name}"
+                    )
+        return self

@@ -1,0 +1,140 @@
+"""The kernel contract: prepare what no searched parameter changes, then merge one tensor.
+
+A kernel sees one tensor of every source at a time. `prepare` is called once per tensor and set of
+sources, `merge` once per tensor and candidate; both run on the device that holds the tensors. The sum is
+kept in float32 and cast once, when it is written to `out`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evomerge.catalogue import CATALOGUE, Method
+from evomerge.recipe import Scalar
+
+BLOCK_ELEMENTS = 1 << 16
+"""Elements worked on at a time on a CPU, so that all operands of an elementwise kernel stay in cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """One tensor as it is in the base and in every source.
+
+    Attributes:
+        base: The base's tensor; None for methods without a base.
+        tensors: The sources' tensors, all of one shape, any floating dtype, contiguous.
+        keys: For each source, what its random mask is keyed by besides the recipe's seed: the source's
+            content and the tensor's name.
+    """
+
+    base: Tensor | None
+    tensors: tuple[Tensor, ...]
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """The parameters that hold for one tensor: of the method, and of each source in order."""
+
+    method: Mapping[str, Scalar]
+    sources: tuple[Mapping[str, Scalar], ...]
+    seed: int
+
+    def number(self, name: str) -> float:
+        """Return a real parameter of the method."""
+        return float(self.method[name])
+
+    def numbers(self, name: str) -> list[float]:
+        """Return a real parameter of every source."""
+        return [float(source[name]) for source in self.sources]
+
+
+class Kernel(ABC):
+    """One method's arithmetic on one tensor; stateless."""
+
+    method: Method
+
+    def prepare(self, sources: Sources, seed: int) -> Any:
+        """Return what does not depend on searched parameters, or None where there is nothing to keep.
+
+        It may use the recipe's seed, which a search keeps or varies; prepared state is kept per seed only
+        where the method is random.
+        """
+        del sources, seed
+
+    @abstractmethod
+    def merge(self, sources: Sources, prepared: Any, values: Values, out: Tensor) -> None:
+        """Write the merged tensor to `out` (the sources' shape, any floating dtype, contiguous)."""
+
+
+KERNELS: dict[str, Kernel] = {}
+
+
+def kernel(name: str) -> Callable[[type[Kernel]], type[Kernel]]:
+    """Bind a kernel class to the catalogue's entry of that name."""
+
+    def bind(cls: type[Kernel]) -> type[Kernel]:
+        cls.method = CATALOGUE[name]
+        KERNELS[name] = cls()
+        return cls
+
+    return bind
+
+
+def weighted_sum(tensors: Sequence[Tensor], factors: Sequence[float], out: Tensor) -> None:
+    """Write `sum_i factors[i] * tensors[i]` to `out`, accumulated in float32.
+
+    Tensors with factor 0 are not read; factors (0, 1, 0) give the second tensor bit for bit.
+    """
+    used = [(tensor.view(-1), factor) for tensor, factor in zip(tensors, factors, strict=True) if factor != 0]
+    flat_out = out.view(-1)
+    if not used:
+        flat_out.zero_()
+        return
+    if len(used) == 1 and used[0][1] == 1.0:
+        flat_out.copy_(used[0][0])
+        return
+    count = flat_out.numel()
+    step = BLOCK_ELEMENTS if out.device.type == "cpu" else max(1, count)
+    direct = out.dtype == torch.float32
+    scratch = None if direct else torch.empty(min(step, count), dtype=torch.float32, device=out.device)
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        target = flat_out[part]
+        total = target if scratch is None else scratch[: target.numel()]
+        first, factor = used[0]
+        total.copy_(first[part]).mul_(factor)
+        for tensor, factor in used[1:]:
+            total.add_(tensor[part], alpha=factor)
+        if scratch is not None:
+            target.copy_(total)
+
+
+def uniform_codes(seed: int, key: str, count: int, device: torch.device) -> Tensor:
+    """Return `count` integers uniform in [0, 2**24), a pure function of (seed, key, index), as int32.
+
+    Counter based: the index is mixed with two 32-bit keys by the finaliser of MurmurHash3 (Appleby 2011),
+    applied twice. No state, so neither the order of work nor the number of workers changes a mask.
+    """
+    digest = hashlib.sha256(f"{seed}\x1f{key}".encode()).digest()
+    first, second = (int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4))
+    code = torch.arange(count, dtype=torch.int32, device=device)
+    for word in (first, second):
+        code ^= word
+        for shift, factor in ((16, -2048144789), (13, -1028477387)):
+            code ^= _shift_right(code, shift)
+            code *= factor
+        code ^= _shift_right(code, 16)
+    return _shift_right(code, 8)
+
+
+def _shift_right(code: Tensor, bits: int) -> Tensor:
+    """Logical shift of int32, which torch shifts arithmetically."""
+    return (code >> bits) & ((1 << (32 - bits)) - 1)

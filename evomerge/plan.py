@@ -1,0 +1,232 @@
+"""A run config made into checked parts: sources, layout, space, tasks, baselines. No torch.
+
+`validate`, `run`, `resume` and `evaluate` all begin here, so a config that one accepts all accept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from evomerge.checkpoints.layout import Layout, check_compatible, layout_of
+from evomerge.checkpoints.source import Checkpoint, resolve
+from evomerge.config import RunConfig
+from evomerge.errors import ConfigError, RecipeError
+from evomerge.fitness.scoring import TaskRule
+from evomerge.fitness.tasks import TaskSet
+from evomerge.mergekit import read_any_recipe
+from evomerge.optimizers import Optimizer, create
+from evomerge.recipe import Recipe, SourceRef, parse_recipe
+from evomerge.records import SPLITS, DocumentSet, Genome
+from evomerge.spaces.parameter import ParameterSpace
+from evomerge.strict import canonical_json
+from evomerge.workers.settings import WorkerSpec
+
+LIBRARIES = ("torch", "transformers", "lm-eval", "datasets", "cmaes", "optuna", "numpy", "ray")
+
+
+@dataclass(frozen=True, slots=True)
+class Seeded:
+    """A recipe that is scored before the optimizer proposes any."""
+
+    origin: str
+    recipe: Recipe
+    genome: Genome | None = None
+
+
+class Plan:
+    """What a config says, checked against the files it names.
+
+    Args:
+        config: The config.
+        base_dir: What its paths are relative to.
+
+    Raises:
+        UserError: Something in the config does not fit what is there.
+    """
+
+    def __init__(self, config: RunConfig, base_dir: Path) -> None:
+        self.config = config
+        self.base_dir = base_dir
+        self.checkpoints = {
+            ref.name: Checkpoint.open(resolve(ref.path, ref.revision, base_dir=base_dir))
+            for ref in config.sources.all
+        }
+        self.warnings: list[str] = list(check_compatible(self.checkpoints))
+        self.layout: Layout = layout_of(next(iter(self.checkpoints.values())))
+        self.refs: dict[str, SourceRef] = {
+            ref.name: ref.model_copy(update={"fingerprint": self.checkpoints[ref.name].fingerprint})
+            for ref in config.sources.all
+        }
+        self.space = ParameterSpace(
+            config.space,
+            self._base(),
+            [self.refs[ref.name] for ref in config.sources.models],
+            list(self.layout.places.values()),
+            self.layout.num_layers,
+        )
+        self._check_space()
+        self.tasks = TaskSet(config.fitness, config.seed, base_dir) if config.fitness.tasks else None
+
+    def _base(self) -> SourceRef | None:
+        base = self.config.sources.base
+        return self.refs[base.name] if base else None
+
+    def _check_space(self) -> None:
+        """Decode the centre once, so that whatever the method refuses is refused before a run."""
+        method = self.space.method
+        if method.needs_base and self.config.sources.base is None:
+            raise ConfigError(f"sources.base: method {method.name} works on deltas from a base; name one")
+        tokenizer = self.config.space.tokenizer
+        if tokenizer is not None and tokenizer not in self.refs:
+            raise ConfigError(f'space.tokenizer: "{tokenizer}" is none of {", ".join(self.refs)}')
+        try:
+            self.space.decode(self.space.centre())
+        except RecipeError as problem:
+            raise ConfigError(f"space: {problem}") from None
+
+    def optimizer(self, start: Genome | None = None) -> Optimizer:
+        """Return the config's optimizer at its beginning."""
+        wanted = self.config.optimizer
+        return create(wanted.name, self.space.dimensions, self.config.seed, wanted.settings, start)
+
+    @cached_property
+    def seeded(self) -> tuple[Seeded, ...]:
+        """The baselines and the recipes to start from, in the order in which they are scored."""
+        models = [self.refs[ref.name] for ref in self.config.sources.models]
+        found = [Seeded(f"source:{ref.name}", self._linear([ref])) for ref in self.refs.values()]
+        if len(models) > 1:
+            found.append(Seeded("baseline:uniform", self._linear(models)))
+        base = self._base()
+        if base is not None:
+            for scale in self.config.baselines.task_arithmetic:
+                recipe = self._recipe("task_arithmetic", models, base, {"lambda": scale})
+                found.append(Seeded(f"baseline:task_arithmetic@{scale:g}", recipe))
+        for path in self.config.optimizer.start:
+            recipe = self._fingerprinted(read_any_recipe(self.base_dir / path), path)
+            genome, _ = self.space.encode(recipe)
+            found.append(Seeded(f"start:{Path(path).name}", recipe, genome))
+        return tuple(found)
+
+    def _linear(self, refs: list[SourceRef]) -> Recipe:
+        return self._recipe("linear", refs, None, {})
+
+    def _recipe(
+        self, method: str, refs: list[SourceRef], base: SourceRef | None, parameters: dict[str, Any]
+    ) -> Recipe:
+        known = {ref.name for ref in (*refs, *([base] if base else []))}
+        tokenizer = self.config.space.tokenizer
+        data = {
+            "method": method,
+            "base": base.model_dump(exclude_none=True) if base else None,
+            "sources": [ref.model_dump(exclude_none=True) for ref in refs],
+            "parameters": parameters,
+            "tokenizer": tokenizer if tokenizer in known else None,
+            "dtype": self.config.space.dtype,
+        }
+        return parse_recipe(data, "baseline")
+
+    def _fingerprinted(self, recipe: Recipe, where: str) -> Recipe:
+        """Return a recipe file with this run's sources in place of its own, matched by name or path."""
+        data = recipe.to_json()
+        by_path = {str(self.checkpoints[name].path): ref for name, ref in self.refs.items()}
+        for entry in [*data["sources"], *([data["base"]] if "base" in data else [])]:
+            resolved = str((self.base_dir / where).parent.joinpath(entry["path"]).resolve())
+            ref = self.refs.get(entry["name"]) or by_path.get(resolved)
+            if ref is None:
+                raise ConfigError(f"optimizer.start: {where}: {entry['name']} is not a source of this run")
+            entry.update(ref.model_dump(exclude_none=True))
+        return parse_recipe(data, where)
+
+    def worker_spec(self, threads: int) -> WorkerSpec:
+        """Return what each worker needs to know."""
+        workers = self.config.workers
+        reference = self.config.sources.all[0].name
+        return WorkerSpec(
+            sources=tuple(self.refs.values()),
+            reference=reference,
+            tokenizer=self.config.space.tokenizer or reference,
+            fitness=self.config.fitness,
+            base_dir=str(self.base_dir),
+            seed=self.config.seed,
+            device=workers.device,
+            dtype=workers.dtype,
+            threads=threads,
+            memory_gib=workers.memory_gib,
+        )
+
+    @cached_property
+    def fitness_digest(self) -> str:
+        """SHA-256 over everything that decides a score besides the model."""
+        if self.tasks is not None:
+            return self.tasks.fingerprint
+        spec = self.config.fitness.function or ""
+        file = self.base_dir / spec.partition(":")[0]
+        code = file.read_bytes() if file.is_file() else b""
+        return hashlib.sha256(canonical_json([spec, self.config.seed]).encode() + code).hexdigest()
+
+    @property
+    def rules(self) -> dict[str, TaskRule]:
+        """Task name to rule; empty for a callable, whose rules show only in what it returns."""
+        return self.tasks.rules if self.tasks else {}
+
+    def facts(self) -> dict[str, Any]:
+        """Return what must not change while the run lasts, and what people will want to know."""
+        return {
+            "sources": {name: ref.model_dump(exclude_none=True) for name, ref in self.refs.items()},
+            "fitness": self.fitness_digest,
+            "space": [[d.label, d.kind, d.size] for d in self.space.dimensions],
+            "rules": {name: rule.to_json() for name, rule in self.rules.items()},
+            "code": self.tasks.code if self.tasks else {},
+            "base_dir": str(self.base_dir),
+            "layers": self.layout.num_layers,
+            "family": self.layout.family,
+            "parameters": next(iter(self.checkpoints.values())).num_parameters,
+            "versions": {name: _version(name) for name in LIBRARIES},
+        }
+
+    def document_sets(self) -> dict[str, dict[str, list[int]]]:
+        """Return the documents of the three splits."""
+        if self.tasks is None:
+            return {}
+        return {split: self.tasks.documents(DocumentSet(split)) for split in SPLITS}
+
+    def scan_sources(self) -> None:
+        """Read every weight once; raise SourceError if one is not finite."""
+        for checkpoint in self.checkpoints.values():
+            checkpoint.scan_finite()
+
+
+FROZEN = ("sources", "fitness", "space")
+"""The facts that a resumed run must find unchanged."""
+
+
+def drift(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return what changed between the facts of a run's start and those of its resume, one line each."""
+    changed = []
+    for name, source in now["sources"].items():
+        known = before["sources"].get(name, {}).get("fingerprint")
+        if known != source["fingerprint"]:
+            changed.append(
+                f"source {name} ({source['path']}) changed: fingerprint {str(known)[:12]} at the start, "
+                f"{source['fingerprint'][:12]} now"
+            )
+    if before["fitness"] != now["fitness"]:
+        changed.append(
+            f"the tasks, their documents or prompts changed: fingerprint {before['fitness'][:12]} at the "
+            f"start, {now['fitness'][:12]} now"
+        )
+    if [list(d) for d in before["space"]] != now["space"]:
+        changed.append("the space has other dimensions than at the start")
+    return changed
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"

@@ -1,0 +1,383 @@
+"""The loop: score the baselines, search, choose among the finalists, measure the winner.
+
+Everything that happened is in the store before anything that follows from it: a candidate before it is
+submitted, an outcome before the optimizer is told. So a run that was killed at any moment goes on from
+there, and a generational optimizer goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from evomerge.errors import FitnessError
+from evomerge.fitness.selection import finalists, kept_baselines, search_score, winner
+from evomerge.optimizers import Optimizer
+from evomerge.plan import Plan
+from evomerge.recipe import Recipe
+from evomerge.records import Candidate, DocumentSet, Genome, Outcome, Proposal
+from evomerge.store import Run, Snapshot
+from evomerge.workers.pool import Job, Pool
+
+HEARTBEAT_SECONDS = 10.0
+
+BROKEN_AFTER = 5
+"""Failures without a single success after which the evaluator counts as broken."""
+
+BROKEN_IN_A_ROW = 50
+"""Failures in a row after which it does so in spite of earlier successes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a listener is shown after each outcome.
+
+    Attributes:
+        phase: `baselines`, `search`, `select` or `test`.
+        done: Candidates finished in this phase, those of earlier sessions included.
+        total: Candidates in this phase.
+        best: Best search score of a searched candidate; None before the first.
+        current: Score of the latest outcome; None if it failed.
+        failures: Outcomes of the run that are not ok.
+        workers: Workers that are up.
+        deaths: Workers lost in this session.
+    """
+
+    phase: str
+    done: int
+    total: int
+    best: float | None
+    current: float | None
+    failures: int
+    workers: int
+    deaths: int
+
+
+class Search:
+    """Drives one run.
+
+    Args:
+        run: The driver's handle.
+        plan: The run's plan.
+        pool: Started workers.
+        listener: Called after each outcome.
+    """
+
+    def __init__(
+        self, run: Run, plan: Plan, pool: Pool, listener: Callable[[Progress], None] = lambda progress: None
+    ) -> None:
+        self._run, self._plan, self._pool, self._listener = run, plan, pool, listener
+        self._candidates = {candidate.number: candidate for candidate in run.candidates()}
+        known = run.outcomes(values=False)
+        self._outcomes = {(outcome.candidate, outcome.documents): outcome for outcome in known}
+        self._beat = self._started = time.monotonic()
+        self._ok = sum(outcome.status == "ok" for outcome in known)
+        self._failures = len(known) - self._ok
+        self._failed_in_a_row = 0
+        self._told = 0
+        self._phase, self._done, self._total = "", 0, 0
+        self._best: float | None = None
+        self._since_best = 0
+        self.stopping = False
+
+    def run(self) -> bool:
+        """Go on to the end; return False if it was stopped before."""
+        for key, ids in self._plan.document_sets().items():
+            self._run.add_document_set(key, ids)
+        seeded = self._add_seeded()
+        self._score("baselines", [(number, "search") for number in seeded])
+        if not self.stopping:
+            optimizer = self._search(seeded)
+        if not self.stopping:
+            self._finish(optimizer)
+        return not self.stopping
+
+    def _add_seeded(self) -> list[int]:
+        """Record the baselines and start recipes; they have the first numbers of the run."""
+        wanted = self._plan.seeded
+        for number, seeded in enumerate(wanted):
+            if number not in self._candidates:
+                self._add(seeded.origin, seeded.recipe, genome=seeded.genome)
+        return list(range(len(wanted)))
+
+    def _add(
+        self,
+        origin: str,
+        recipe: Recipe,
+        *,
+        genome: Genome | None = None,
+        generation: int = 0,
+        index: int | None = None,
+    ) -> Candidate:
+        number = len(self._candidates)
+        candidate = Candidate(number, origin, generation, index, genome, recipe.to_json(), recipe.digest)
+        self._run.add_candidate(candidate, self._told)
+        self._candidates[number] = candidate
+        return candidate
+
+    # The search proper.
+
+    def _search(self, seeded: Sequence[int]) -> Optimizer:
+        """Ask and tell until the budget is spent."""
+        self._record_phase("search")
+        optimizer, owed = self._resumed(seeded)
+        budget = self._plan.config.budget
+        self._total = budget.evaluations
+        self._done = optimizer.asked - len(owed)
+
+        def source() -> Iterator[tuple[int, str] | None]:
+            while not self.stopping:
+                if owed:
+                    yield owed.popleft()
+                    continue
+                if optimizer.asked >= budget.evaluations or self._out_of_patience():
+                    return
+                proposal = optimizer.ask()
+                if proposal is None and optimizer.finished:
+                    return
+                yield None if proposal is None else self._proposed(proposal)
+
+        def told(outcome: Outcome) -> None:
+            candidate = self._candidates[outcome.candidate]
+            self._tell(optimizer, candidate, outcome)
+
+        self._drive(source(), told)
+        if not self.stopping and optimizer.finished:
+            self._run.add_event("optimizer_finished", {"reason": optimizer.finished})
+        return optimizer
+
+    def _proposed(self, proposal: Proposal) -> tuple[int, str]:
+        recipe = self._plan.space.decode(proposal.genome)
+        candidate = self._add(
+            "optimizer",
+            recipe,
+            genome=proposal.genome,
+            generation=proposal.generation,
+            index=proposal.index,
+        )
+        return candidate.number, self._documents_of(candidate)
+
+    def _documents_of(self, candidate: Candidate) -> str:
+        """Return the key of the search documents that a proposal is scored on."""
+        resample = self._plan.config.fitness.resample
+        documents = DocumentSet("search", None if resample is None else candidate.generation)
+        if resample is not None and self._plan.tasks is not None:
+            self._run.add_document_set(documents.key, self._plan.tasks.documents(documents))
+        return documents.key
+
+    def _tell(self, optimizer: Optimizer, candidate: Candidate, outcome: Outcome) -> None:
+        if candidate.index is None:
+            raise ValueError(f"candidate {candidate.number} was not proposed by the optimizer")
+        optimizer.tell(candidate.index, outcome.score)
+        self._told += 1
+        state = optimizer.state()
+        snapshot = None if state is None else Snapshot(optimizer.asked, self._told, state)
+        self._run.tell([candidate.number], outcome.documents, snapshot)
+        for note in optimizer.drain_notes():
+            self._run.add_event("optimizer", {"note": note})
+        self._note_best(outcome.score)
+
+    def _note_best(self, score: float | None) -> None:
+        self._since_best += 1
+        if score is not None and (self._best is None or score > self._best):
+            self._best, self._since_best = score, 0
+
+    def _resumed(self, seeded: Sequence[int]) -> tuple[Optimizer, deque[tuple[int, str]]]:
+        """Return the optimizer as the run left it, and the proposals that still lack an outcome."""
+        optimizer = self._plan.optimizer(self._start(seeded))
+        snapshot = self._run.latest_snapshot()
+        if snapshot is not None:
+            optimizer.restore(dict(snapshot.state))
+            self._told = snapshot.told
+        log = self._run.log(snapshot)
+        told = deque(log.told)
+
+        def tell_up_to(count: int) -> None:
+            while told and self._told < count:
+                outcome = told.popleft()
+                index = self._candidates[outcome.candidate].index
+                if index is not None:
+                    optimizer.tell(index, outcome.score)
+                self._told += 1
+
+        for asked in log.asked:
+            tell_up_to(asked.told_before)
+            candidate = asked.candidate
+            optimizer.adopt(Proposal(candidate.index or 0, candidate.generation, candidate.genome or ()))
+        tell_up_to(self._told + len(told))
+        optimizer.drain_notes()
+        for candidate in self._candidates.values():
+            if candidate.index is not None:
+                outcome = self._outcomes.get((candidate.number, self._documents_of(candidate)))
+                if outcome is not None:
+                    self._note_best(outcome.score)
+        for outcome in sorted(log.waiting, key=lambda outcome: outcome.candidate):
+            self._tell(optimizer, self._candidates[outcome.candidate], outcome)
+        owed = deque(
+            (candidate.number, key)
+            for candidate in sorted(self._candidates.values(), key=lambda c: c.number)
+            if candidate.index is not None
+            and (candidate.number, key := self._documents_of(candidate)) not in self._outcomes
+        )
+        return optimizer, owed
+
+    def _start(self, seeded: Sequence[int]) -> Genome | None:
+        """Return the genome of the best start recipe, the first of equals."""
+        scored = [
+            (self._outcomes[number, "search"].score, -number)
+            for number in seeded
+            if self._candidates[number].genome is not None
+        ]
+        found = max(((s, n) for s, n in scored if s is not None), default=None)
+        return None if found is None else self._candidates[-found[1]].genome
+
+    def _out_of_patience(self) -> bool:
+        budget = self._plan.config.budget
+        if budget.patience is not None and self._since_best >= budget.patience:
+            return True
+        return budget.hours is not None and time.monotonic() - self._started > budget.hours * 3600
+
+    # The end.
+
+    def _finish(self, optimizer: Optimizer) -> None:
+        """Score the finalists on the select documents, the winner and the baselines on the test documents."""
+        means = self._add_means(optimizer)
+        self._score("select", [(number, "search") for number in means])
+        candidates = list(self._candidates.values())
+        search = search_score(self._outcomes.values())
+        # A run that was extended has the means of its earlier ends too; each is a finalist of its own.
+        all_means = [c.number for c in candidates if c.origin == "mean"]
+        chosen = finalists(candidates, search, self._plan.config.budget.finalists, all_means)
+        baselines = kept_baselines(candidates, search)
+        owed = [*chosen, *(c.number for c in baselines)]
+        self._score("select", [(number, "select") for number in owed])
+        best = winner(chosen, self._outcomes)
+        if best is None or self.stopping:
+            if not self.stopping:
+                raise FitnessError("no finalist could be scored on the select documents")
+            return
+        looks = sum(event.kind == "test_opened" for event in self._run.events())
+        known = {number for number, key in self._outcomes if key == "test"}
+        if best not in known:
+            self._run.add_event("test_opened", {"winner": best, "look": looks + 1})
+        self._score("test", [(number, "test") for number in [best, *(c.number for c in baselines)]])
+
+    def _add_means(self, optimizer: Optimizer) -> list[int]:
+        """Record what the optimizer recommends and never asked for; the same again after a resume."""
+        numbers = []
+        known = {c.digest: c.number for c in self._candidates.values() if c.origin == "mean"}
+        for genome in optimizer.recommendation():
+            recipe = self._plan.space.decode(genome)
+            if recipe.digest not in known:
+                generation = max((c.generation for c in self._candidates.values()), default=0)
+                candidate = self._add("mean", recipe, genome=genome, generation=generation)
+                known[recipe.digest] = candidate.number
+            numbers.append(known[recipe.digest])
+        return numbers
+
+    # The machinery.
+
+    def _score(self, phase: str, wanted: Sequence[tuple[int, str]]) -> None:
+        """Score candidates on document sets, those that lack an outcome."""
+        if self.stopping:
+            return
+        self._record_phase(phase)
+        owed = [pair for pair in wanted if pair not in self._outcomes]
+        self._total, self._done = len(wanted), len(wanted) - len(owed)
+
+        def source() -> Iterator[tuple[int, str] | None]:
+            for pair in owed:
+                if self.stopping:
+                    return
+                yield pair
+
+        self._drive(source(), lambda outcome: None)
+
+    def _drive(self, source: Iterator[tuple[int, str] | None], take: Callable[[Outcome], None]) -> None:
+        """Keep the workers busy with what `source` yields; None means that outcomes are needed first."""
+        running, exhausted = 0, False
+        while True:
+            blocked = False
+            while not exhausted and not blocked and self._pool.free() > 0:
+                try:
+                    pair = next(source)
+                except StopIteration:
+                    exhausted = True
+                    break
+                if pair is None:
+                    blocked = True
+                elif (repeat := self._repeat(*pair)) is not None:
+                    self._record(repeat, take)
+                else:
+                    self._pool.submit(self._job(*pair))
+                    running += 1
+            if exhausted and not running:
+                return
+            if blocked and not running:
+                raise RuntimeError("the optimizer waits for outcomes, but none is outstanding")
+            for outcome in self._pool.wait(1.0):
+                running -= 1
+                self._record(outcome, take)
+            if time.monotonic() - self._beat > HEARTBEAT_SECONDS:
+                self._run.heartbeat()
+                self._beat = time.monotonic()
+
+    def _job(self, number: int, documents: str) -> Job:
+        candidate = self._candidates[number]
+        deadline = self._plan.config.workers.deadline_seconds * self._length(documents)
+        return Job(number, candidate.recipe, documents, deadline)
+
+    def _length(self, documents: str) -> float:
+        """Return how many times longer a document set is than the search documents, at least 1."""
+        tasks = self._plan.tasks
+        if tasks is None:
+            return 1.0
+        counts = [
+            sum(map(len, tasks.documents(DocumentSet.of_key(key)).values())) for key in (documents, "search")
+        ]
+        return max(1.0, counts[0] / counts[1])
+
+    def _repeat(self, number: int, documents: str) -> Outcome | None:
+        """Return the outcome of an equal recipe on the same documents, if the run has one."""
+        digest = self._candidates[number].digest
+        found = self._run.find_outcome(digest, self._plan.fitness_digest, documents)
+        return None if found is None else replace(found, candidate=number, cost={})
+
+    def _record(self, outcome: Outcome, take: Callable[[Outcome], None]) -> None:
+        self._run.add_outcome(outcome, self._plan.fitness_digest)
+        self._beat = time.monotonic()
+        # Values of documents are read from the store when they are needed; here they would only pile up.
+        self._outcomes[outcome.candidate, outcome.documents] = replace(outcome, values={})
+        take(outcome)
+        self._done += 1
+        ok = outcome.status == "ok"
+        self._ok += ok
+        self._failures += not ok
+        self._failed_in_a_row = self._failed_in_a_row + 1 if outcome.status == "failed" else 0
+        state = self._pool.state()
+        self._listener(
+            Progress(
+                self._phase,
+                self._done,
+                self._total,
+                self._best,
+                outcome.score,
+                self._failures,
+                state.workers,
+                state.deaths,
+            )
+        )
+        broken = self._ok == 0 and self._failed_in_a_row >= BROKEN_AFTER
+        if broken or self._failed_in_a_row >= BROKEN_IN_A_ROW:
+            first = next(o for o in self._outcomes.values() if o.status == "failed")
+            raise FitnessError(
+                f"{self._failed_in_a_row} candidates in a row could not be scored, so the search was "
+                f"stopped; the first failure (candidate {first.candidate}): {first.reason}"
+            )
+
+    def _record_phase(self, phase: str) -> None:
+        if phase != self._phase:
+            self._phase = phase
+            self._run.add_event("phase", {"phase": phase})

@@ -1,0 +1,162 @@
+"""The `space` section of a run config."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from evomerge.catalogue import Parameter, method_named
+from evomerge.errors import RecipeError
+from evomerge.recipe import Dtype, Scalar
+from evomerge.records import Role
+from evomerge.strict import StrictModel
+
+ROLES: tuple[Role, ...] = ("attention", "mlp", "norm", "embedding", "head", "other")
+
+
+class Granularity(StrictModel):
+    """How a parameter may vary over depth. Exactly one of the two is given.
+
+    Attributes:
+        layers: One value for each block of this many layers, and for embedding and head each their own.
+        anchors: This many values, piecewise-linear from the first layer to the last.
+    """
+
+    layers: int | None = Field(default=None, ge=1)
+    anchors: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: Any) -> Any:
+        if data == "model":
+            return {"anchors": 1}
+        if data == "layer":
+            return {"layers": 1}
+        if isinstance(data, str):
+            raise ValueError('expected model, layer, {layers: n} or {anchors: n}, got "' + data + '"')
+        return data
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.layers is None) == (self.anchors is None):
+            raise ValueError("give either layers or anchors")
+        return self
+
+
+class Span(StrictModel):
+    """What a parameter may be: a range of numbers, whole numbers of a range, or choices.
+
+    Attributes:
+        low: Smallest value; None: the method's.
+        high: Largest value; None: the method's.
+        log: Whether equal steps are equal factors; needs `low` above 0.
+        choices: Values to choose from, in place of a range.
+        granularity: Over depth; None: the space's.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    choices: tuple[Scalar, ...] = ()
+    granularity: Granularity | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.choices:
+            if self.low is not None or self.high is not None or self.log:
+                raise ValueError("give either choices or a range")
+            if len(set(map(repr, self.choices))) != len(self.choices):
+                raise ValueError(f"choices: {list(self.choices)} holds a value twice")
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise ValueError(f"low must be below high, got {self.low} and {self.high}")
+        if self.log and self.low is not None and self.low <= 0:
+            raise ValueError(f"a logarithmic range needs low above 0, got {self.low}")
+        return self
+
+
+class SeedSpan(StrictModel):
+    """Search the seed of random masks among `count` seeds."""
+
+    count: int = Field(ge=2, le=1000)
+
+
+class SpaceSettings(StrictModel):
+    """The recipes that a run may try: one method, its parameters fixed or free.
+
+    Attributes:
+        kind: Only `parameter`: coefficients of one method.
+        method: A method of the catalogue.
+        parameters: By name: a number, switch or choice holds it fixed, `{low, high}` or `{choices}` frees
+            it; `free` takes the method's own range. What is left out keeps its default, except that
+            weights and `t` are free.
+        granularity: `model`, `layer`, `{layers: n}` or `{anchors: n}`.
+        split: Roles (`attention`, `mlp`, ...) or parts of tensor names that get values of their own.
+        seed: Of random masks, for methods that draw any; `{count: n}` searches it.
+        dtype: Of the merged weights; None: as in the base, else first source.
+        tokenizer: Name of the source that gives the tokenizer; None: base, else first.
+    """
+
+    kind: Literal["parameter"] = "parameter"
+    method: str
+    parameters: dict[str, Scalar | Span] = Field(default_factory=dict)
+    granularity: Granularity = Granularity(anchors=1)
+    split: tuple[str, ...] = ()
+    seed: int | SeedSpan = 0
+    dtype: Dtype | None = None
+    tokenizer: str | None = None
+
+    @field_validator("split")
+    @classmethod
+    def _distinct(cls, split: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(split)) != len(split) or "" in split:
+            raise ValueError(f"expected distinct names, got {list(split)}")
+        return split
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        try:
+            method = method_named(self.method)
+            for name, span in self.parameters.items():
+                _check_span(name, span, method.parameter(name))
+        except RecipeError as problem:
+            raise ValueError(str(problem)) from None
+        if isinstance(self.seed, SeedSpan) and not method.random:
+            raise ValueError(f"seed: method {method.name} draws nothing at random")
+        return self
+
+    def span(self, parameter: Parameter) -> Scalar | Span:
+        """Return what a parameter is fixed to, or its span with both ends."""
+        given = self.parameters.get(parameter.name)
+        if given is None:
+            return Span() if parameter.name in ("weight", "t") else _default(parameter)
+        return (
+            Span()
+            if given == "free" and not parameter.choices
+            else (Span(choices=parameter.choices) if given == "free" else given)
+        )
+
+
+def _default(parameter: Parameter) -> Scalar:
+    if parameter.default is None:
+        raise RecipeError(f"parameters.{parameter.name}: missing; it has no default")
+    return parameter.default
+
+
+def _check_span(name: str, span: Any, parameter: Parameter) -> None:
+    if not isinstance(span, Span):
+        return
+    where = f"parameters.{name}"
+    for value in span.choices:
+        if parameter.choices and value not in parameter.choices:
+            raise RecipeError(f"{where}.choices: expected some of {list(parameter.choices)}, got {value!r}")
+        if not parameter.choices and isinstance(value, bool | str):
+            raise RecipeError(f"{where}.choices: expected numbers, got {value!r}")
+    if parameter.choices and not span.choices:
+        raise RecipeError(f"{where}: a switch or choice has no range; write free or choices")
+    if span.granularity and not parameter.per_tensor:
+        raise RecipeError(f"{where}.granularity: one value holds for all tensors")
+    low, high = parameter.valid_low, parameter.valid_high
+    for end, bound in (("low", span.low), ("high", span.high)):
+        if bound is not None and ((low is not None and bound < low) or (high is not None and bound > high)):
+            raise RecipeError(f"{where}.{end}: expected {low} to {high}, got {bound}")

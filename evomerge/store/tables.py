@@ -1,0 +1,181 @@
+"""The tables of a store, and how data goes into their columns and comes back."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from typing import Any
+
+from sqlalchemy import (
+    Column,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.expression import FunctionElement
+
+from evomerge.errors import StoreError
+
+SCHEMA = 1
+"""Version of the tables below; a store of another version is refused."""
+
+METADATA = MetaData()
+
+META = Table("meta", METADATA, Column("key", Text, primary_key=True), Column("value", Text, nullable=False))
+
+RUNS = Table(
+    "runs",
+    METADATA,
+    Column("id", Integer, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("status", Text, nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("owner", Text),
+    Column("heartbeat", Double, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("updated", Double, nullable=False),
+    Column("error", Text, nullable=False),
+    Column("config", Text, nullable=False),
+    Column("facts", Text, nullable=False),
+)
+
+CANDIDATES = Table(
+    "candidates",
+    METADATA,
+    Column("run_id", ForeignKey(RUNS.c.id), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("origin", Text, nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("idx", Integer),
+    Column("told_before", Integer, nullable=False),
+    Column("digest", Text, nullable=False),
+    Column("genome", Text),
+    Column("recipe", Text, nullable=False),
+    Index("candidates_digest", "run_id", "digest", "number"),
+)
+
+# `record` is the whole outcome but its per-document values. Status and score stand beside it for SQL;
+# they are not read back, because SQLite turns a stored -0.0 into 0.0.
+OUTCOMES = Table(
+    "outcomes",
+    METADATA,
+    Column("run_id", Integer, primary_key=True),
+    Column("candidate", Integer, primary_key=True),
+    Column("documents", Text, primary_key=True),
+    Column("split", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("score", Double),
+    Column("fitness", Text, nullable=False),
+    Column("told", Integer),
+    Column("epoch", Integer, nullable=False),
+    Column("recorded", Double, nullable=False),
+    Column("record", Text, nullable=False),
+    Column("document_values", LargeBinary, nullable=False),
+    ForeignKeyConstraint(["run_id", "candidate"], ["candidates.run_id", "candidates.number"]),
+    Index("outcomes_told", "run_id", "told", unique=True),
+    Index("outcomes_best", "run_id", "split", "status", "score", "candidate"),
+    Index("outcomes_documents", "run_id", "documents", "candidate"),
+)
+
+# Counting rows costs more with every row; this keeps progress flat.
+TALLIES = Table(
+    "tallies",
+    METADATA,
+    Column("run_id", ForeignKey(RUNS.c.id), primary_key=True),
+    Column("split", Text, primary_key=True),
+    Column("status", Text, primary_key=True),
+    Column("number", Integer, nullable=False),
+)
+
+DOCUMENT_SETS = Table(
+    "document_sets",
+    METADATA,
+    Column("run_id", ForeignKey(RUNS.c.id), primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("ids", Text, nullable=False),
+)
+
+SNAPSHOTS = Table(
+    "snapshots",
+    METADATA,
+    Column("run_id", ForeignKey(RUNS.c.id), primary_key=True),
+    Column("sequence", Integer, primary_key=True),
+    Column("asked", Integer, nullable=False),
+    Column("told", Integer, nullable=False),
+    Column("sha256", Text, nullable=False),
+    Column("state", LargeBinary, nullable=False),
+)
+
+EVENTS = Table(
+    "events",
+    METADATA,
+    Column("run_id", ForeignKey(RUNS.c.id), primary_key=True),
+    Column("id", Integer, primary_key=True),
+    Column("at", Double, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("data", Text, nullable=False),
+)
+
+
+class now(FunctionElement[float]):
+    """The database's own clock in Unix seconds (UTC), so that hosts with wrong clocks agree."""
+
+    type = Double()
+    inherit_cache = True
+
+
+@compiles(now, "sqlite")
+def _sqlite_now(_element: now, _compiler: Any, **_kw: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(now, "postgresql")
+def _postgres_now(_element: now, _compiler: Any, **_kw: Any) -> str:
+    return "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
+
+
+def pack(data: Any, what: str) -> str:
+    """Return `data` as JSON text; floats come back from `unpack` bit for bit.
+
+    Raises:
+        StoreError: `data` is no JSON data, or holds a number that is not finite. Names `what`.
+    """
+    try:
+        return json.dumps(data, allow_nan=False, separators=(",", ":"))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise StoreError(
+            f"{what} cannot be stored: {error}; expected JSON data with finite numbers"
+        ) from None
+
+
+def unpack(text: str, what: str) -> Any:
+    """Return what `pack` wrote.
+
+    Raises:
+        StoreError: The text is damaged. Names `what`.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise StoreError(f"{what} is damaged in the store: {error}; restore the store from a copy") from None
+
+
+def squeeze(data: Any, what: str) -> bytes:
+    """Return `data` as compressed JSON, see `pack`."""
+    return zlib.compress(pack(data, what).encode(), 1)
+
+
+def unsqueeze(blob: bytes, what: str) -> Any:
+    """Return what `squeeze` wrote, see `unpack`."""
+    try:
+        text = zlib.decompress(blob).decode()
+    except (zlib.error, UnicodeDecodeError) as error:
+        raise StoreError(f"{what} is damaged in the store: {error}; restore the store from a copy") from None
+    return unpack(text, what)

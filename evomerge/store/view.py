@@ -1,0 +1,309 @@
+"""Reading a run."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import ColumnElement, Row, Select, and_, func, select
+
+from evomerge.errors import StoreError
+from evomerge.records import Candidate, Outcome
+from evomerge.store.owner import Owner
+from evomerge.store.tables import (
+    CANDIDATES,
+    DOCUMENT_SETS,
+    EVENTS,
+    OUTCOMES,
+    RUNS,
+    SNAPSHOTS,
+    TALLIES,
+    now,
+    unpack,
+    unsqueeze,
+)
+
+if TYPE_CHECKING:
+    from evomerge.store.store import Store
+
+_log = logging.getLogger(__name__)
+
+_SAME_CANDIDATE = and_(CANDIDATES.c.run_id == OUTCOMES.c.run_id, CANDIDATES.c.number == OUTCOMES.c.candidate)
+
+RUN_ROW = select(RUNS, (now() - RUNS.c.heartbeat).label("silence"))
+"""What a RunView is made of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """An optimizer's state at one point of a run.
+
+    Attributes:
+        asked: How many proposals the optimizer had made; the next one has this index.
+        told: How many outcomes it had been told.
+        state: Its state as JSON data.
+    """
+
+    asked: int
+    told: int
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened in a run.
+
+    Attributes:
+        id: Its number in the run, from 1 without gaps.
+        at: When, in Unix seconds by the database's clock.
+        kind: What kind of thing, one word.
+        data: Details as JSON data.
+    """
+
+    id: int
+    at: float
+    kind: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A recorded proposal: its candidate, and how many outcomes the optimizer had been told before it."""
+
+    candidate: Candidate
+    told_before: int
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """What a resumed run replays.
+
+    Attributes:
+        asked: The optimizer's proposals in the order in which it made them.
+        told: The outcomes it was told, in the order in which it was told them.
+        waiting: Search outcomes of its proposals that it has not been told yet, by candidate number.
+    """
+
+    asked: tuple[Asked, ...]
+    told: tuple[Outcome, ...]
+    waiting: tuple[Outcome, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How far a run has come.
+
+    Attributes:
+        candidates: How many it has.
+        outcomes: Split -> status -> how many outcomes; only pairs that occur.
+        best_candidate: The candidate with the best search score, the lowest number if several have it;
+            None before the first.
+        best_score: That score.
+    """
+
+    candidates: int
+    outcomes: Mapping[str, Mapping[str, int]]
+    best_candidate: int | None
+    best_score: float | None
+
+
+class RunView:
+    """A run, read only. Attributes are as of when it was fetched, methods read the store.
+
+    Attributes:
+        name: Its name, unique in the store.
+        status: `running`, `stopped`, `failed` or `finished`. It stays `running` when a driver is killed:
+            look at `owner_alive`.
+        config: What the user configured.
+        facts: What was frozen at its start, such as fingerprints and versions.
+        epoch: How often a driver took it.
+        created: When it began, in Unix seconds by the database's clock.
+        updated: When it last changed, likewise.
+        error: Why it failed; empty otherwise.
+        owner: Its driver; None when it has none.
+        owner_alive: Whether that driver is alive.
+    """
+
+    def __init__(self, store: Store, row: Row[Any]) -> None:
+        """Make it from a row of `RUN_ROW`."""
+        self._store = store
+        self._id: int = row.id
+        self.name: str = row.name
+        self.status: str = row.status
+        self.config: dict[str, Any] = unpack(row.config, f'run "{row.name}": its config')
+        self.facts: dict[str, Any] = unpack(row.facts, f'run "{row.name}": its facts')
+        self.epoch: int = row.epoch
+        self.created: float = row.created
+        self.updated: float = row.updated
+        self.error: str = unpack(row.error, f'run "{row.name}": its error')
+        self.owner = Owner.of_json(row.owner)
+        self.owner_alive = self.owner is not None and self.owner.alive(row.silence)
+
+    def candidates(self) -> list[Candidate]:
+        """Return all candidates by number."""
+        query = select(CANDIDATES).where(CANDIDATES.c.run_id == self._id).order_by(CANDIDATES.c.number)
+        return [self._candidate(row) for row in self._rows(query)]
+
+    def candidate(self, number: int) -> Candidate:
+        """Return one candidate; StoreError if there is none with that number."""
+        query = select(CANDIDATES).where(CANDIDATES.c.run_id == self._id, CANDIDATES.c.number == number)
+        for row in self._rows(query):
+            return self._candidate(row)
+        raise StoreError(f'run "{self.name}": there is no candidate {number}')
+
+    def outcomes(self, documents: str | None = None, *, values: bool = True) -> list[Outcome]:
+        """Return outcomes by candidate number, then by documents.
+
+        Args:
+            documents: Key of a document set; None for all.
+            values: Read the per-document values too; without, `Outcome.values` is empty and 100,000
+                outcomes are read in seconds.
+        """
+        query = _outcomes(OUTCOMES.c.run_id == self._id, values=values)
+        if documents is not None:
+            query = query.where(OUTCOMES.c.documents == documents)
+        rows = self._rows(query.order_by(OUTCOMES.c.candidate, OUTCOMES.c.documents))
+        return [self._outcome(row) for row in rows]
+
+    def outcome(self, number: int, documents: str) -> Outcome | None:
+        """Return a candidate's outcome on a document set; None if it has none yet."""
+        query = _outcomes(
+            OUTCOMES.c.run_id == self._id,
+            OUTCOMES.c.candidate == number,
+            OUTCOMES.c.documents == documents,
+        )
+        return next((self._outcome(row) for row in self._rows(query)), None)
+
+    def find_outcome(self, digest: str, fitness_digest: str, documents: str) -> Outcome | None:
+        """Return the first `ok` outcome of an equal recipe on the same documents, so repeats are free.
+
+        Args:
+            digest: The recipe's digest.
+            fitness_digest: Digest of how it was scored.
+            documents: Key of the document set.
+        """
+        query = (
+            _outcomes(
+                CANDIDATES.c.run_id == self._id,
+                CANDIDATES.c.digest == digest,
+                OUTCOMES.c.documents == documents,
+                OUTCOMES.c.fitness == fitness_digest,
+                OUTCOMES.c.status == "ok",
+            )
+            .join_from(CANDIDATES, OUTCOMES, _SAME_CANDIDATE)
+            .order_by(CANDIDATES.c.number)
+            .limit(1)
+        )
+        return next((self._outcome(row) for row in self._rows(query)), None)
+
+    def log(self, after: Snapshot | None = None) -> Log:
+        """Return what to replay on top of a snapshot, as of one moment.
+
+        Args:
+            after: Leave out what this snapshot has seen; None for the whole log.
+        """
+        asked, told = (after.asked, after.told) if after else (0, 0)
+        asks = (
+            select(CANDIDATES)
+            .where(CANDIDATES.c.run_id == self._id, CANDIDATES.c.idx >= asked)
+            .order_by(CANDIDATES.c.idx)
+        )
+        tells = _outcomes(OUTCOMES.c.run_id == self._id, OUTCOMES.c.told >= told).order_by(OUTCOMES.c.told)
+        waits = (
+            _outcomes(
+                OUTCOMES.c.run_id == self._id,
+                OUTCOMES.c.told.is_(None),
+                OUTCOMES.c.split == "search",
+                CANDIDATES.c.idx.is_not(None),
+            )
+            .join_from(OUTCOMES, CANDIDATES, _SAME_CANDIDATE)
+            .order_by(OUTCOMES.c.candidate, OUTCOMES.c.documents)
+        )
+        with self._store.reading() as connection:
+            asked_rows, told_rows, waiting_rows = (
+                connection.execute(query).all() for query in (asks, tells, waits)
+            )
+        return Log(
+            tuple(Asked(self._candidate(row), row.told_before) for row in asked_rows),
+            tuple(self._outcome(row) for row in told_rows),
+            tuple(self._outcome(row) for row in waiting_rows),
+        )
+
+    def document_set(self, key: str) -> dict[str, list[int]] | None:
+        """Return the documents of a set by task, or None if the run has no such set."""
+        query = select(DOCUMENT_SETS.c.ids).where(
+            DOCUMENT_SETS.c.run_id == self._id, DOCUMENT_SETS.c.key == key
+        )
+        for row in self._rows(query):
+            ids: dict[str, list[int]] = unpack(row.ids, f'run "{self.name}": document set {key}')
+            return ids
+        return None
+
+    def latest_snapshot(self) -> Snapshot | None:
+        """Return the newest undamaged snapshot, or None; damaged ones are logged and passed over."""
+        query = select(SNAPSHOTS).where(SNAPSHOTS.c.run_id == self._id).order_by(SNAPSHOTS.c.sequence.desc())
+        for row in self._rows(query):
+            try:
+                if snapshot_digest(row.asked, row.told, row.state) != row.sha256:
+                    raise StoreError("its checksum differs")
+                return Snapshot(row.asked, row.told, unsqueeze(row.state, "its state"))
+            except StoreError as error:
+                self._snapshot_damaged(row.sequence, str(error))
+        return None
+
+    def _snapshot_damaged(self, sequence: int, why: str) -> None:
+        _log.warning('run "%s": snapshot %d is damaged (%s); using the one before', self.name, sequence, why)
+
+    def events(self, after: int = 0) -> list[Event]:
+        """Return the events whose id is above `after`, in order."""
+        query = select(EVENTS).where(EVENTS.c.run_id == self._id, EVENTS.c.id > after).order_by(EVENTS.c.id)
+        return [
+            Event(row.id, row.at, row.kind, unpack(row.data, f'run "{self.name}": event {row.id}'))
+            for row in self._rows(query)
+        ]
+
+    def counts(self) -> Counts:
+        """Return numbers for progress, as of one moment; as cheap for 100,000 candidates as for ten."""
+        best = and_(OUTCOMES.c.run_id == self._id, OUTCOMES.c.split == "search", OUTCOMES.c.status == "ok")
+        with self._store.reading() as connection:
+            last = connection.execute(
+                select(func.max(CANDIDATES.c.number)).where(CANDIDATES.c.run_id == self._id)
+            ).scalar_one()
+            tallies = connection.execute(select(TALLIES).where(TALLIES.c.run_id == self._id)).all()
+            score = connection.execute(select(func.max(OUTCOMES.c.score)).where(best)).scalar_one()
+            candidate = connection.execute(
+                select(func.min(OUTCOMES.c.candidate)).where(best, OUTCOMES.c.score == score)
+            ).scalar_one()
+        outcomes: dict[str, dict[str, int]] = {}
+        for row in tallies:
+            outcomes.setdefault(row.split, {})[row.status] = row.number
+        return Counts(0 if last is None else last + 1, outcomes, candidate, score)
+
+    def _rows(self, query: Select[Any]) -> list[Row[Any]]:
+        with self._store.reading() as connection:
+            return list(connection.execute(query).all())
+
+    def _candidate(self, row: Row[Any]) -> Candidate:
+        what = f'run "{self.name}": candidate {row.number}'
+        genome = None if row.genome is None else tuple(unpack(row.genome, what))
+        recipe = unpack(row.recipe, what)
+        return Candidate(row.number, row.origin, row.generation, row.idx, genome, recipe, row.digest)
+
+    def _outcome(self, row: Row[Any]) -> Outcome:
+        what = f'run "{self.name}": an outcome'
+        record = unpack(row.record, what)
+        values = unsqueeze(row.document_values, what) if "document_values" in row._fields else {}
+        return Outcome.from_json({**record, "values": values})
+
+
+def snapshot_digest(asked: int, told: int, state: bytes) -> str:
+    """Return the checksum of a snapshot's row."""
+    return hashlib.sha256(b"%d %d " % (asked, told) + state).hexdigest()
+
+
+def _outcomes(*where: ColumnElement[bool], values: bool = True) -> Select[Any]:
+    columns = [OUTCOMES.c.record, OUTCOMES.c.document_values] if values else [OUTCOMES.c.record]
+    return select(*columns).where(*where)

@@ -1,0 +1,288 @@
+"""The same contract over long-lived Ray actors.
+
+Actors have `max_restarts=0`: Ray never repeats anything by itself. A dead or hanging actor is replaced by
+a new one, and its job is tried again by this pool. A hanging actor is killed, because Ray cannot cancel
+a running method. The pool grows to `count` workers as the cluster has room for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from evomerge.errors import UserError
+from evomerge.records import Outcome
+from evomerge.workers.pool import Job, Pool, PoolState, lost
+from evomerge.workers.settings import WorkerSettings, WorkerSpec
+
+START_SECONDS = 600.0
+"""Longest time for a worker to load its sources before it counts as hanging."""
+
+START_ATTEMPTS = 3
+
+GROW_SECONDS = 0.5
+"""Least time between looks at whether the cluster has room for more workers."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One actor and what it does."""
+
+    actor: Any
+    pending: Any
+    job: Job | None
+    attempts: int
+    deadline: float
+
+
+class RayPool(Pool):
+    """Workers as actors of a Ray cluster.
+
+    Args:
+        spec: What each worker loads.
+        settings: Number and resources of the workers.
+    """
+
+    def __init__(self, spec: WorkerSpec, settings: WorkerSettings) -> None:
+        self._spec = spec
+        self._settings = settings
+        self._slots: list[_Slot] = []
+        self._jobs: deque[tuple[Job, int]] = deque()
+        self._deaths = 0
+        self._start_failures = 0
+        self._folder: str | None = None
+        self._ray: Any = None
+        self._wanted = 0
+        self._needs: dict[str, float] = {}
+        self._options: dict[str, Any] = {}
+        self._grown = 0.0
+
+    def start(self) -> None:
+        """Connect to the cluster, or start one here, and start the workers."""
+        self._ray = self._connect()
+        total = self._ray.cluster_resources()
+        settings = self._settings
+        gpus = settings.gpus if settings.gpus is not None else float(total.get("GPU", 0) > 0)
+        self._needs = {"CPU": settings.cpus, "GPU": gpus, **settings.resources}
+        room = self._room(total)
+        if room < 1:
+            short = [f"{n:g} {name}" for name, n in self._needs.items() if total.get(name, 0) < n]
+            self.close()
+            raise UserError(
+                f"workers: one worker needs {', '.join(short)}, which the Ray cluster does not have"
+            )
+        self._wanted = room if settings.count == "auto" else settings.count
+        if self._wanted > room and settings.ray_address is None:
+            self.close()
+            raise UserError(
+                f"workers.count: {self._wanted} workers do not fit on this machine; at most {room} do"
+            )
+        self._options = {
+            "num_cpus": settings.cpus,
+            "num_gpus": gpus,
+            "resources": settings.resources or None,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "runtime_env": {"env_vars": self._environment()},
+        }
+        self._grow()
+        self._await_first()
+
+    def _room(self, resources: dict[str, float]) -> int:
+        """Return how many workers fit into resources."""
+        return min(int(resources.get(name, 0) / n + 1e-9) for name, n in self._needs.items() if n > 0)
+
+    def _environment(self) -> dict[str, str]:
+        threads = str(self._spec.threads)
+        passed = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "HF_HOME") if name in os.environ}
+        return {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "false",
+            **passed,
+        }
+
+    def _connect(self) -> Any:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+
+        if ray.is_initialized():
+            return ray
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if self._settings.ray_address:
+            try:
+                ray.init(address=self._settings.ray_address, **quiet)
+            except (ConnectionError, ValueError, RuntimeError) as problem:
+                text = (str(problem).splitlines() or [""])[0]
+                raise UserError(
+                    f"workers.ray_address: {self._settings.ray_address}: cannot connect: {text}"
+                ) from None
+            return ray
+        # Sockets live below this folder, and their paths may have at most 107 characters.
+        self._folder = tempfile.mkdtemp(prefix="evomerge-ray-", dir="/tmp")
+        settings = self._settings
+        cpus = None
+        if settings.count != "auto":
+            cpus = max(os.cpu_count() or 1, -(-int(settings.count * settings.cpus * 1000) // 1000))
+        ray.init(address="local", include_dashboard=False, num_cpus=cpus, _temp_dir=self._folder, **quiet)
+        return ray
+
+    def _grow(self) -> None:
+        """Start actors up to the wanted number as far as the cluster has room for them now."""
+        missing = self._wanted - len(self._slots)
+        if missing <= 0 or time.monotonic() - self._grown < GROW_SECONDS:
+            return
+        self._grown = time.monotonic()
+        remote = self._ray.remote(_Actor)
+        for _ in range(min(missing, self._room(self._ray.available_resources()))):
+            actor = remote.options(**self._options).remote(self._spec.model_dump(mode="json"))
+            self._slots.append(_Slot(actor, actor.ready.remote(), None, 0, time.monotonic() + START_SECONDS))
+
+    def _await_first(self) -> None:
+        """Wait until a worker is up, so that a source or task that cannot be loaded stops the run at once."""
+        while not any(slot.pending is None for slot in self._slots):
+            self._collect(1.0)
+
+    def free(self) -> int:
+        """Return the number of idle workers beyond the jobs that wait."""
+        return max(0, sum(slot.pending is None for slot in self._slots) - len(self._jobs))
+
+    def submit(self, job: Job) -> None:
+        """Take a job."""
+        self._jobs.append((job, 0))
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        for slot in self._slots:
+            if slot.pending is None and self._jobs:
+                job, attempts = self._jobs.popleft()
+                slot.pending = slot.actor.run.remote(job)
+                slot.job, slot.attempts = job, attempts + 1
+                slot.deadline = time.monotonic() + job.deadline
+
+    def wait(self, timeout: float) -> list[Outcome]:
+        """Return what has come in."""
+        end = time.monotonic() + timeout
+        while True:
+            outcomes = self._collect(min(max(end - time.monotonic(), 0.0), 1.0))
+            if outcomes or time.monotonic() >= end or not (self._jobs or self._running()):
+                return outcomes
+
+    def _running(self) -> bool:
+        return any(slot.job is not None for slot in self._slots)
+
+    def _collect(self, timeout: float) -> list[Outcome]:
+        """Take in what is ready, replace workers that died or hang, and start waiting jobs."""
+        pending = {slot.pending: slot for slot in self._slots if slot.pending is not None}
+        outcomes: list[Outcome] = []
+        if pending:
+            ready, _ = self._ray.wait(list(pending), num_returns=1, timeout=timeout)
+            more, _ = self._ray.wait(list(pending), num_returns=len(pending), timeout=0)
+            for reference in {*ready, *more}:
+                outcomes += self._take(pending[reference])
+        elif timeout:
+            time.sleep(min(timeout, 0.05))
+        now = time.monotonic()
+        for slot in [s for s in self._slots if s.pending is not None and now > s.deadline]:
+            outcomes += self._lose(slot, "the worker gave no answer within its deadline")
+        self._grow()
+        self._dispatch()
+        return outcomes
+
+    def _take(self, slot: _Slot) -> list[Outcome]:
+        from ray.exceptions import RayError, RayTaskError
+
+        try:
+            answer = self._ray.get(slot.pending)
+        except RayTaskError as problem:
+            cause = problem.cause
+            if isinstance(cause, UserError):
+                raise cause from None
+            return self._lose(slot, f"the worker raised {type(cause).__name__}: {cause}")
+        except RayError as problem:
+            return self._lose(slot, f"the worker died: {_first_line(problem)}")
+        job, slot.job, slot.pending = slot.job, None, None
+        if job is None:
+            if answer:
+                self.close(kill=True)
+                raise UserError(str(answer))
+            self._start_failures = 0
+            return []
+        outcome: Outcome = answer
+        if slot.attempts > 1:
+            outcome = Outcome.from_json(
+                {**outcome.to_json(), "cost": {**outcome.cost, "attempts": float(slot.attempts)}}
+            )
+        return [outcome]
+
+    def _lose(self, slot: _Slot, reason: str) -> list[Outcome]:
+        """Give up a worker; its job goes back to the queue while it has tries left."""
+        self._deaths += 1
+        self._slots.remove(slot)
+        with contextlib.suppress(Exception):
+            self._ray.kill(slot.actor)
+        if slot.job is None:
+            self._start_failures += 1
+            if self._start_failures >= START_ATTEMPTS:
+                self.close(kill=True)
+                raise UserError(f"workers: no worker could start, tried {START_ATTEMPTS} times: {reason}")
+            return []
+        if slot.attempts > self._settings.retries:
+            return [lost(slot.job, slot.attempts, reason)]
+        self._jobs.appendleft((slot.job, slot.attempts))
+        return []
+
+    def state(self) -> PoolState:
+        """Return workers that are up, jobs that run, and deaths so far."""
+        up = sum(slot.pending is None or slot.job is not None for slot in self._slots)
+        return PoolState(workers=up, running=sum(s.job is not None for s in self._slots), deaths=self._deaths)
+
+    def close(self, *, kill: bool = False) -> None:
+        """Kill the actors and, if it is ours, stop Ray."""
+        slots, self._slots = self._slots, []
+        self._jobs.clear()
+        for slot in slots:
+            with contextlib.suppress(Exception):
+                self._ray.kill(slot.actor)
+        if self._folder is not None:
+            self._ray.shutdown()
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+
+class _Actor:
+    """Runs in the worker's process; answers with plain records."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self._spec = spec
+        self._worker: Any = None
+
+    def ready(self) -> str:
+        """Load the worker; return what the user must mend, or nothing."""
+        from evomerge.errors import UserError
+        from evomerge.workers.settings import WorkerSpec
+        from evomerge.workers.worker import Worker
+
+        try:
+            self._worker = Worker(WorkerSpec.model_validate(self._spec))
+        except UserError as problem:
+            return str(problem)
+        return ""
+
+    def run(self, job: Job) -> Outcome:
+        """Build and score one candidate."""
+        outcome: Outcome = self._worker.run(job)
+        return outcome
+
+
+def _first_line(problem: BaseException) -> str:
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    return f"{type(problem).__name__}: {lines[0] if lines else ''}"

@@ -1,0 +1,75 @@
+"""The `workers` section of a run config, and what a worker needs to know to start."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from evomerge.fitness.settings import FitnessSettings
+from evomerge.recipe import Dtype, SourceRef
+from evomerge.strict import StrictModel
+
+
+class WorkerSettings(StrictModel):
+    """How many workers there are and what each may use.
+
+    Attributes:
+        pool: `ray`: actors of a Ray cluster; `inline`: in the driver itself, one at a time, for debugging
+            (it cannot end a candidate that hangs).
+        count: Number of workers; `auto`: as many as the cluster's resources hold.
+        cpus: CPUs of each worker.
+        gpus: GPUs of each worker, may be a fraction; None: 1 where the cluster has any, else 0.
+        resources: Custom Ray resources of each worker.
+        threads: Threads of each worker's arithmetic; None: its CPUs. Scores can differ in the last digit
+            between thread counts.
+        device: Where the model lives; `auto`: the GPU if the worker has one.
+        dtype: The dtype the model is scored in; None: that of the merged weights. The scored model equals
+            the exported one only with None.
+        deadline_seconds: Longest time for one candidate on the search documents before its worker is
+            killed; other document sets get proportionally more.
+        retries: How often a candidate is tried again after its worker died or hung.
+        memory_gib: Most memory of each worker for resident sources and prepared state; None: no limit.
+        ray_address: Address of a running cluster; None: a Ray of our own on this machine.
+    """
+
+    pool: Literal["ray", "inline"] = "ray"
+    count: int | Literal["auto"] = Field(default="auto")
+    cpus: float = Field(default=1.0, gt=0)
+    gpus: float | None = Field(default=None, ge=0)
+    resources: dict[str, float] = Field(default_factory=dict)
+    threads: int | None = Field(default=None, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Dtype | None = None
+    deadline_seconds: float = Field(default=3600.0, gt=0)
+    retries: int = Field(default=2, ge=0, le=20)
+    memory_gib: float | None = Field(default=None, gt=0)
+    ray_address: str | None = None
+
+
+class WorkerSpec(StrictModel):
+    """Everything a worker process needs, as plain data.
+
+    Attributes:
+        sources: Every checkpoint a recipe of the run may name, with fingerprints.
+        reference: Name of the source that gives config and tensor names.
+        tokenizer: Name of the source that gives the tokenizer.
+        fitness: How to score.
+        base_dir: What paths in the config are relative to.
+        seed: The run's seed.
+        device: `auto`, `cpu` or `cuda`.
+        dtype: As in `WorkerSettings`.
+        threads: Threads of the worker's arithmetic.
+        memory_gib: As in `WorkerSettings`.
+    """
+
+    sources: tuple[SourceRef, ...]
+    reference: str
+    tokenizer: str
+    fitness: FitnessSettings
+    base_dir: str
+    seed: int
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Dtype | None = None
+    threads: int = 1
+    memory_gib: float | None = None

@@ -1,0 +1,1 @@
+"""Tests of evomerge.checkpoints, and tiny checkpoints for other tests (`tiny.py`)."""
