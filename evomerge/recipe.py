@@ -25,6 +25,7 @@ dtype: bfloat16
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from functools import cached_property
@@ -37,7 +38,7 @@ from pydantic import Field, field_validator, model_validator
 from evomerge.catalogue import Method, Parameter, Scope, method_named
 from evomerge.errors import RecipeError
 from evomerge.records import Place, Role
-from evomerge.strict import StrictModel, canonical_json, read_yaml, validated
+from evomerge.strict import StrictModel, canonical_json, one_line, read_yaml, validated
 
 Scalar = bool | float | str
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -60,11 +61,11 @@ class Rule(StrictModel):
     @classmethod
     def _shorten(cls, value: Scalar | tuple[float, ...]) -> Scalar | tuple[float, ...]:
         if isinstance(value, tuple):
-            if not value:
-                raise ValueError("a list of anchors needs at least one number")
             if all(anchor == value[0] for anchor in value):
-                return value[0]
-        return value
+                return value[0] + 0.0
+            return tuple(anchor + 0.0 for anchor in value)
+        # Adding zero turns -0.0 into 0.0, so that equal numbers look equal.
+        return value if isinstance(value, bool | str) else value + 0.0
 
     @property
     def general(self) -> bool:
@@ -82,19 +83,41 @@ class Rule(StrictModel):
         if not isinstance(self.value, tuple):
             return self.value
         position = depth * (len(self.value) - 1)
-        left = min(int(position), len(self.value) - 2)
+        nearest_anchor = round(position)
+        if abs(position - nearest_anchor) < ON_ANCHOR:
+            return self.value[nearest_anchor]
+        left = int(position)
         share = position - left
         return (1 - share) * self.value[left] + share * self.value[left + 1]
 
 
 Setting = tuple[Rule, ...]
 
+ON_ANCHOR = 1e-9
+"""Depths this near to an anchor, in steps between anchors, get its value and no blend with its neighbour."""
 
-def _rules(value: Any) -> Any:
+
+def _rules(name: str, value: Any) -> Any:
     """Return a setting in its long form, whatever form it was written in."""
-    if isinstance(value, list | tuple) and value and all(isinstance(item, dict | Rule) for item in value):
-        return value
-    return [{"value": value}]
+    if isinstance(value, dict | Rule):
+        return [value]
+    items = list(value) if isinstance(value, list | tuple) else []
+    if items and all(isinstance(item, dict | Rule) for item in items):
+        return items
+    anchors = bool(items) and all(_is_number(item) for item in items)
+    if not (anchors or isinstance(value, bool | str) or _is_number(value)):
+        raise ValueError(
+            f"{name}: expected a number, switch or choice, a list of numbers, or a list of rules with a "
+            f"value each, got {one_line(json.dumps(value, default=str))[:80]}"
+        )
+    return [{"value": items or value}]
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def value_at(setting: Setting, place: Place) -> Scalar:
@@ -134,7 +157,7 @@ class RecipeSource(SourceRef):
     @field_validator("parameters", mode="before")
     @classmethod
     def _long_form(cls, data: Any) -> Any:
-        return {key: _rules(value) for key, value in data.items()} if isinstance(data, dict) else data
+        return {key: _rules(key, value) for key, value in data.items()} if isinstance(data, dict) else data
 
 
 class Recipe(StrictModel):
@@ -163,7 +186,7 @@ class Recipe(StrictModel):
     @field_validator("parameters", mode="before")
     @classmethod
     def _long_form(cls, data: Any) -> Any:
-        return {key: _rules(value) for key, value in data.items()} if isinstance(data, dict) else data
+        return {key: _rules(key, value) for key, value in data.items()} if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -241,7 +264,9 @@ def _complete(settings: dict[str, Setting], method: Method, scope: Scope, where:
             owner = "each source" if parameter.scope == "source" else "the method as a whole"
             raise RecipeError(f"{where}.{name}: this parameter belongs to {owner}")
         for rule in setting:
-            _check_value(rule, parameter, f"{where}.{name}")
+            for value in rule.value if isinstance(rule.value, tuple) else (rule.value,):
+                check_value(value, parameter, f"{where}.{name}")
+        setting = settings[name] = _without_unreachable(setting)
         if not parameter.per_tensor and not (len(setting) == 1 and setting[0].general):
             raise RecipeError(f"{where}.{name}: one value for all tensors, got rules")
     for parameter in method.parameters:
@@ -260,19 +285,28 @@ def _complete(settings: dict[str, Setting], method: Method, scope: Scope, where:
     settings.update(ordered)
 
 
-def _check_value(rule: Rule, parameter: Parameter, where: str) -> None:
-    values = rule.value if isinstance(rule.value, tuple) else (rule.value,)
-    for value in values:
-        if parameter.choices:
-            if value not in parameter.choices or type(value) is not type(parameter.choices[0]):
-                choices = ", ".join(str(choice).lower() for choice in parameter.choices)
-                raise RecipeError(f"{where}: expected one of {choices}, got {value!r}")
-            continue
-        if isinstance(value, bool | str) or not math.isfinite(value):
-            raise RecipeError(f"{where}: expected a number, got {value!r}")
-        low, high = parameter.valid_low, parameter.valid_high
-        if (low is not None and value < low) or (high is not None and value > high):
-            raise RecipeError(f"{where}: expected {low} to {high}, got {value}")
+def _without_unreachable(setting: Setting) -> Setting:
+    """Leave out rules behind one that applies to every tensor, or to the same tensors."""
+    kept: dict[tuple[Role | None, str | None], Rule] = {}
+    for rule in setting:
+        kept.setdefault((rule.role, rule.match), rule)
+        if rule.general:
+            break
+    return tuple(kept.values())
+
+
+def check_value(value: Scalar, parameter: Parameter, where: str) -> None:
+    """Raise RecipeError unless a parameter may have this value."""
+    if parameter.choices:
+        if value not in parameter.choices or type(value) is not type(parameter.choices[0]):
+            choices = ", ".join(str(choice).lower() for choice in parameter.choices)
+            raise RecipeError(f"{where}: expected one of {choices}, got {value!r}")
+        return
+    if isinstance(value, bool | str) or not math.isfinite(value):
+        raise RecipeError(f"{where}: expected a number, got {value!r}")
+    low, high = parameter.valid_low, parameter.valid_high
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise RecipeError(f"{where}: expected {low} to {high}, got {value}")
 
 
 def _plain(settings: Mapping[str, Setting]) -> dict[str, Any]:

@@ -1,18 +1,21 @@
 """Reading user files strictly: YAML without surprises, and validation errors in one line.
 
-YAML is the safe subset without aliases and duplicate keys, capped in size and depth, because plain
-loaders keep the last of two equal keys and an alias bomb of 300 bytes fills the memory.
+YAML is the safe subset without aliases, tags and duplicate keys, capped in size and depth, because plain
+loaders keep the last of two equal keys and an alias bomb of 300 bytes fills the memory. Numbers are those
+of YAML 1.2: 1e-3 is a number, 010 is ten, and 1:30 and 2026-01-01 are texts. Switches are those of YAML
+1.1 (`no` is false), because that is what people mean by them here.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
 from evomerge.errors import UserError, nearest
 
@@ -37,9 +40,44 @@ class StrictModel(BaseModel):
                     raise ValueError(f'unknown key "{key}"{nearest(str(key), known)}')
         return data
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_switch_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name:
+            hint = cls.model_fields[info.field_name].annotation
+            kinds = {hint, *get_args(hint)}
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError(f"expected a number, got {str(value).lower()}")
+        return value
+
+
+_TAG = "tag:yaml.org,2002:"
+_NUMBERS = {
+    "int": re.compile(r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+"),
+    "float": re.compile(
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+    ),
+}
+
 
 class _Loader(yaml.SafeLoader):
-    """Safe loader that refuses duplicate keys."""
+    """Safe loader that refuses duplicate keys and reads numbers as YAML 1.2 does."""
+
+    def resolve(self, kind: type[yaml.Node], value: str | None, implicit: Any) -> str:
+        tag: str = super().resolve(kind, value, implicit)
+        if kind is not yaml.ScalarNode or value is None or not implicit[0]:
+            return tag
+        if tag in (_TAG + "bool", _TAG + "null"):
+            return tag
+        for name, pattern in _NUMBERS.items():
+            if pattern.fullmatch(value):
+                return _TAG + name
+        return _TAG + "str"
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Return a decimal number even where it begins with 0; 0x and 0o are hexadecimal and octal."""
+        text = self.construct_scalar(node)
+        return int(text, 0 if text[:2] in ("0x", "0o") else 10)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -55,6 +93,9 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_constructor(_TAG + "int", _Loader.construct_yaml_int)
 
 
 def parse_yaml(text: str, where: str, error: type[UserError]) -> Any:
@@ -73,6 +114,9 @@ def parse_yaml(text: str, where: str, error: type[UserError]) -> Any:
             if isinstance(event, yaml.AliasEvent):
                 line = event.start_mark.line + 1 if event.start_mark else "?"
                 raise error(f"{where}: line {line}: alias *{event.anchor}: not allowed; write the value out")
+            if getattr(event, "tag", None) is not None:
+                line = event.start_mark.line + 1 if event.start_mark else "?"
+                raise error(f"{where}: line {line}: tag {event.tag}: not allowed; write the plain value")
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
             elif isinstance(event, yaml.CollectionEndEvent):
@@ -84,9 +128,9 @@ def parse_yaml(text: str, where: str, error: type[UserError]) -> Any:
         mark = getattr(problem, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         detail = getattr(problem, "problem", None) or str(problem).splitlines()[0]
-        raise error(f"{where}: not valid YAML: {line}{detail}") from None
+        raise error(one_line(f"{where}: not valid YAML: {line}{detail}")) from None
     except ValueError as problem:
-        raise error(f"{where}: not valid YAML: {problem}") from None
+        raise error(one_line(f"{where}: not valid YAML: {problem}")) from None
 
 
 def read_text(path: Path, error: type[UserError]) -> str:
@@ -114,27 +158,63 @@ def validated(model: type[T], data: Any, where: str, error: type[UserError]) -> 
         raise error(f"{where}: {explain(problem)}") from None
 
 
+_WANTED = {
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    "finite_number": "a finite number",
+    "string_type": "a text",
+    **dict.fromkeys(("tuple_type", "list_type"), "a list"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping"),
+}
+"""What was expected, by pydantic's kind of fault, for faults that a union can report about one value."""
+
+
 def explain(problem: ValidationError) -> str:
-    """Return the first fault of a validation error as one line."""
+    """Return the first fault of a validation error as one line: key, what was expected, what was got."""
     faults = problem.errors(include_url=False)
-    # A union reports a fault for each of its branches; the one deepest in the data is what the user meant.
-    fault = max(faults, key=lambda f: ("unknown key" in f["msg"], len(f["loc"])))
-    key = ".".join(str(part) for part in fault["loc"] if not _is_branch(part))
+    # A union reports a fault for each of its branches; the one deepest in the data is what the user meant,
+    # and where none is deeper, one of our own messages.
+    fault = max(faults, key=lambda f: ("unknown key" in f["msg"], len(_path(f)), f["type"] == "value_error"))
+    key = ".".join(_path(fault))
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    message = message[:1].lower() + message[1:]
     if fault["type"] == "value_error":
-        return f"{key}: {message}" if key else message
+        # Messages of our own may begin with the part of the key that lies below the validated section.
+        below = re.match(r"[a-z_]+(\.[\w-]+)*: ", message)
+        return one_line(f"{key}{'.' if below else ': '}{message}" if key else message)
     if fault["type"] == "missing":
         return f"{key}: missing; it has no default"
+    alike = [f for f in faults if _path(f) == _path(fault)]
+    wanted = list(dict.fromkeys(_WANTED[f["type"]] for f in alike if f["type"] in _WANTED))
+    wanted += [f"one of {f['ctx']['expected']}" for f in alike if f["type"] == "literal_error"]
     shown = json.dumps(fault["input"], default=str)
-    hint = ""
+    got = f"got {shown if len(shown) < 80 else shown[:77] + '...'}"
+    if not wanted:
+        return one_line(f"{key}: {message[:1].lower()}{message[1:]}, {got}")
     if isinstance(fault["input"], str) and _looks_numeric(fault["input"]):
-        hint = " (a text: write numbers without quotes, and 1e-3 as 1.0e-3)"
-    return f"{key}: {message}, got {shown if len(shown) < 80 else shown[:77] + '...'}{hint}"
+        got += " (a text: write numbers without quotes)"
+    if isinstance(fault["input"], bool):
+        got += " (YAML reads yes, no, on and off as true and false: put texts in quotes)"
+    return one_line(f"{key}: expected {' or '.join(wanted)}, {got}")
+
+
+def one_line(text: str) -> str:
+    """Return a text with every run of white space, line breaks among it, as one blank."""
+    return " ".join(text.split())
+
+
+def _path(fault: Any) -> list[str]:
+    """Return the keys of a fault without the names of union branches among them."""
+    return [str(part) for part in fault["loc"] if not _is_branch(part)]
 
 
 def _is_branch(part: int | str) -> bool:
-    return isinstance(part, str) and ("[" in part or part in {"float", "int", "str", "bool", "tuple"})
+    simple = {"float", "int", "str", "bool", "tuple"}
+    return isinstance(part, str) and ("[" in part or part in simple or part in _model_names(StrictModel))
+
+
+def _model_names(model: type[BaseModel]) -> set[str]:
+    return {model.__name__}.union(*(_model_names(below) for below in model.__subclasses__()))
 
 
 def _looks_numeric(text: str) -> bool:

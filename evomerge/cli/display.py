@@ -123,13 +123,13 @@ def with_interval(scores: Mapping[str, Any] | None) -> str:
 def result_table(data: Mapping[str, Any]) -> Table:
     """Return the scores of winner and baselines, from what `Summary.to_json` returns."""
     table = Table(title=f"{data['name']}: scores (95 % bootstrap intervals)", title_justify="left")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for split in ("search", "select", "test"):
         table.add_column(split, justify="right", no_wrap=True)
     rows = [data["best"]] if data["best"] else []
     for row in [*rows, *data["baselines"]]:
         search = row["search"]
-        name = row["name"] + (f" (candidate {row['candidate']})" if row["name"] == "winner" else "")
+        name = f"winner (#{row['candidate']})" if row["name"] == "winner" else row["name"]
         if row["origin"].startswith("baseline:task_arithmetic@"):
             name += f" at {row['origin'].partition('@')[2]}"
         table.add_row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from evomerge.checkpoints.layout import Layout, layout_of
+from evomerge.checkpoints.layout import layout_of
 from evomerge.checkpoints.source import Checkpoint
 from evomerge.errors import SourceError
 from evomerge.merging.merger import DTYPES, Merger
@@ -22,9 +23,10 @@ from evomerge.recipe import Recipe
 class LiveModel:
     """A transformers model whose weights are those of the recipe applied last.
 
-    Where the model keeps the tensors under the checkpoint's own names (dense decoders), a candidate is
-    merged into the parameters in place. Where transformers renames or fuses tensors on loading (some
-    mixtures of experts), the merged tensors go through its own conversion, and the model is built anew.
+    The first candidate goes through transformers' own loading, so the model is what loading the exported
+    files gives. Where that keeps the tensors under the checkpoint's own names (dense decoders), later
+    candidates are merged into the parameters in place; where it renames or fuses tensors (mixtures of
+    experts), every candidate is loaded anew.
 
     Args:
         checkpoints: Each checkpoint under its source's identity.
@@ -53,7 +55,8 @@ class LiveModel:
             self._config = AutoConfig.from_pretrained(reference.path, trust_remote_code=False)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer.path, trust_remote_code=False)
         self._reference = reference
-        self._targets: dict[str, Tensor] = {}
+        self._built_dtype: torch.dtype | None = None
+        self._targets: dict[str, Tensor] | None = None
         self.model: Any = None
 
     def apply(self, recipe: Recipe) -> None:
@@ -61,10 +64,12 @@ class LiveModel:
 
         Raises:
             CandidateError: The recipe's parameters have no merged model (weights that sum to zero, ...).
+            SourceError: The checkpoints lack a tensor that the config calls for.
         """
         dtype = self._dtype or self._exported_dtype(recipe)
-        if self.model is None or self.model.dtype != dtype or not self._targets:
+        if self._targets is None or self._built_dtype != dtype:
             self._build(recipe, dtype)
+            return
         for name, target in self._targets.items():
             self._merger.merge(recipe, name, out=target)
 
@@ -79,62 +84,51 @@ class LiveModel:
         return next(dtype for dtype in floating if dtype.is_floating_point)
 
     def _build(self, recipe: Recipe, dtype: torch.dtype) -> None:
-        with quiet(), torch.device(self.device):
-            model = AutoModelForCausalLM.from_config(self._config, dtype=dtype)
-        targets = _matching(model, self._layout)
-        if targets is None:
-            state = {name: self._merger.merge(recipe, name) for name in self._layout.places}
-            with quiet():
-                model = (
-                    type(model)
-                    .from_pretrained(
-                        None, config=self._config, state_dict=state, dtype=dtype, local_files_only=True
-                    )
-                    .to(self.device)
-                )
-            self._targets = {}
-        else:
-            self._targets = targets
-        model.eval().requires_grad_(False)
-        generation = self._reference.path / "generation_config.json"
-        if generation.is_file():
+        self.model = self._targets = None  # room for the new one
+        state = {name: self._merger.merge(recipe, name) for name in self._layout.places}
+        with quiet():
+            with torch.device("meta"):
+                kind = type(AutoModelForCausalLM.from_config(copy.deepcopy(self._config)))
+            model, info = kind.from_pretrained(
+                None, config=self._config, state_dict=dict(state), dtype=dtype, output_loading_info=True
+            )
+        if info["missing_keys"]:
+            missing = min(info["missing_keys"])
+            raise SourceError(
+                f"{self._reference.path}: lacks tensor {missing}, which its config calls for"
+            )
+        model.to(self.device).eval().requires_grad_(False)
+        if (self._reference.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(self._reference.path)
-        self.model = model
+        self._targets, self._built_dtype, self.model = _targets(model, state), dtype, model
 
 
-def _matching(model: Any, layout: Layout) -> dict[str, Tensor] | None:
-    """Return checkpoint tensor name to model tensor, or None if the model has other names.
+def _targets(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return checkpoint tensor name to model tensor, or None if the model does not hold them one to one.
 
-    Where the checkpoint stores a tied head beside the embedding, the embedding is what counts, as it is
-    when transformers loads such a checkpoint.
+    Args:
+        model: The model that was loaded from `state`.
+        state: Every tensor of the checkpoint.
     """
-    names = list(layout.places)
-    heads = {name for name, place in layout.places.items() if place.role == "head"}
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    targets: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name in sorted(names, key=heads.__contains__):
-        if name not in tensors:
-            return None
-        target = tensors[name].data
-        if target.data_ptr() in seen and target.numel():
-            continue
-        seen.add(target.data_ptr())
-        targets[name] = target
-    missing = [name for name, p in model.named_parameters() if p.data_ptr() not in seen]
-    if missing:
-        raise SourceError(f"the checkpoint lacks tensor {missing[0]}, which its config calls for")
-    return targets
+    if not state.keys() <= tensors.keys():
+        return None
+    targets = {name: tensors[name].data for name in state}
+    shared = len({target.data_ptr() for target in targets.values() if target.numel()}) < len(targets)
+    same = all(target.equal(state[name].to(target)) for name, target in targets.items())
+    return targets if same and not shared else None
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence progress bars and notices of transformers and the hub for a block of code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

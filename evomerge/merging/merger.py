@@ -45,14 +45,13 @@ class Merger:
         self._checkpoints = checkpoints
         self._device = torch.device(device)
         self._left = float("inf") if budget_bytes is None else float(budget_bytes)
-        self._kept: dict[tuple[Any, ...], Any] = {}
+        self._kept: dict[tuple[Any, ...], tuple[int, Any]] = {}
         self.layout = layout
 
     def dtype_of(self, recipe: Recipe, name: str) -> torch.dtype:
-        """Return the dtype that the merged tensor `name` is stored in."""
-        if recipe.dtype is not None:
-            return DTYPES[recipe.dtype]
-        return self._checkpoint(recipe.reference).tensor(name).dtype
+        """Return the dtype that the merged tensor `name` is stored in; integers stay what they are."""
+        stored = self._checkpoint(recipe.reference).tensor(name).dtype
+        return DTYPES[recipe.dtype] if recipe.dtype and stored.is_floating_point else stored
 
     def merge(self, recipe: Recipe, name: str, out: Tensor | None = None) -> Tensor:
         """Merge one tensor.
@@ -90,7 +89,7 @@ class Merger:
         seed = recipe.seed if kernel.method.random else 0
         identities = tuple(ref.identity for ref in recipe.refs)
         prepared = self._keep(
-            ("prepared", recipe.method, seed, identities, place.name), lambda: kernel.prepare(sources, seed)
+            ("prepared", recipe.method, identities, place.name), lambda: kernel.prepare(sources, seed), seed
         )
         values = Values(
             method=_at(recipe.parameters, place),
@@ -108,15 +107,19 @@ class Merger:
         )
         return kept
 
-    def _keep(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """Return what `make` makes, from memory if it was kept before."""
-        if key in self._kept:
-            return self._kept[key]
+    def _keep(self, key: tuple[Any, ...], make: Callable[[], Any], seed: int = 0) -> Any:
+        """Return what `make` makes, from memory if it was kept before; a new seed replaces the old one's."""
+        kept = self._kept.get(key)
+        if kept is not None and kept[0] == seed:
+            return kept[1]
+        if kept is not None:
+            self._left += _nbytes(self._kept.pop(key)[1])
+            del kept
         made = make()
         size = _nbytes(made)
         if size <= self._left:
             self._left -= size
-            self._kept[key] = made
+            self._kept[key] = (seed, made)
         return made
 
     def _checkpoint(self, ref: SourceRef) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 from evomerge.checkpoints.layout import check_compatible, layout_of
 from evomerge.checkpoints.source import Checkpoint, resolve
 from evomerge.checkpoints.tokenizer import copy_tokenizer
+from evomerge.checkpoints.writer import DTYPES as WRITABLE
 from evomerge.checkpoints.writer import Writer, check_target
-from evomerge.merging.merger import DTYPES, Merger
+from evomerge.merging.merger import Merger
 from evomerge.recipe import Recipe, SourceRef
 
-SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in WRITABLE.items()}
 
 
 def open_sources(refs: Iterable[SourceRef], base_dir: Path | None = None) -> dict[str, Checkpoint]:
@@ -60,17 +62,19 @@ def write_model(
     layout = layout_of(reference)
     merger = Merger(by_identity, layout, budget_bytes=0)
     names = list(layout.places)
-    infos = [reference.tensors[name] for name in names]
-    dtypes = [
-        SAFETENSORS_DTYPES[recipe.dtype] if recipe.dtype and _floating(i.dtype) else i.dtype for i in infos
+    dtypes = [merger.dtype_of(recipe, name) for name in names]
+    shapes = [reference.tensors[name].shape for name in names]
+    plan = [
+        (name, SAFETENSORS_DTYPES[dtype], shape)
+        for name, dtype, shape in zip(names, dtypes, shapes, strict=True)
     ]
-    plan = [(name, dtype, info.shape) for name, dtype, info in zip(names, dtypes, infos, strict=True)]
-    total, done = sum(info.nbytes for info in infos), 0
+    sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in zip(dtypes, shapes, strict=True)]
+    done = 0
     with Writer(target, plan=plan) as writer:
-        for name, info in zip(names, infos, strict=True):
+        for name, size in zip(names, sizes, strict=True):
             writer.add(name, merger.merge(recipe, name))
-            done += info.nbytes
-            progress(done, total)
+            done += size
+            progress(done, sum(sizes))
         writer.add_json("config.json", merged_config(reference.config, recipe))
         generation = reference.path / "generation_config.json"
         if generation.is_file():
@@ -88,10 +92,3 @@ def merged_config(config: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
         merged.pop("torch_dtype", None)
         merged["dtype"] = recipe.dtype
     return merged
-
-
-def _floating(dtype: str) -> bool:
-    return dtype in {"F64", "F32", "F16", "BF16"}
-
-
-__all__ = ["DTYPES", "merged_config", "open_sources", "write_model"]

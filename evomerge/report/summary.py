@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evomerge.fitness.function import rules_of
 from evomerge.fitness.scoring import TaskRule, bootstrap
 from evomerge.fitness.selection import (
     LEVEL,
@@ -37,10 +36,11 @@ class Summary:
 
     def __init__(self, run: RunView) -> None:
         self.run = run
-        self.candidates = {candidate.number: candidate for candidate in run.candidates()}
         self.outcomes = {(o.candidate, o.documents): o for o in run.outcomes(values=False)}
         for key in ("select", "test"):
             self.outcomes.update({(o.candidate, key): o for o in run.outcomes(key)})
+        # Read after the outcomes: a run that goes on may record a candidate and its outcome in between.
+        self.candidates = {candidate.number: candidate for candidate in run.candidates()}
         self.search = search_score(self.outcomes.values())
         ordered = list(self.candidates.values())
         self.baselines = kept_baselines(ordered, self.search)
@@ -58,7 +58,8 @@ class Summary:
         if self.run.facts.get("rules"):
             return {name: TaskRule(**rule) for name, rule in self.run.facts["rules"].items()}
         values = next((o.values for o in self.outcomes.values() if o.values), {})
-        return rules_of(values)
+        # As `fitness.function.rules_of`, which lives beside torch.
+        return {name: TaskRule("mean", 1.0, True, "score", name) for name in values}
 
     def scores(self, number: int, key: str, *, interval: bool = False) -> dict[str, Any] | None:
         """Return a candidate's score on a document set; None if it has none.

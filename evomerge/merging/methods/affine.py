@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from evomerge.errors import CandidateError
-from evomerge.merging.methods.base import Kernel, Sources, Values, kernel, weighted_sum
+from evomerge.merging.methods.base import Kernel, Sources, Values, blocks, kernel, total, weighted_sum
 
 PARALLEL = 0.9995
 """Above this |cosine| slerp is a straight line, where the two agree to rounding."""
@@ -28,10 +27,10 @@ def shares(weights: list[float], normalize: bool) -> list[float]:
     """
     if not normalize:
         return weights
-    total = math.fsum(weights)
-    if abs(total) < SMALLEST_SUM:
-        raise CandidateError(f"weights {weights} sum to {total:.3g} and cannot be normalised")
-    return [weight / total for weight in weights]
+    whole = math.fsum(weights)
+    if abs(whole) < SMALLEST_SUM:
+        raise CandidateError(f"weights {weights} sum to {whole:.3g} and cannot be normalised")
+    return [weight / whole for weight in weights]
 
 
 @kernel("linear")
@@ -61,11 +60,11 @@ class Slerp(Kernel):
 
     def prepare(self, sources: Sources, seed: int) -> float | None:
         """Return the angle in radians between the two tensors; None where a straight line is exact."""
-        first, second = (tensor.view(-1).double() for tensor in sources.tensors)
-        norms = float(torch.linalg.vector_norm(first) * torch.linalg.vector_norm(second))
+        first, second = (tensor.view(-1) for tensor in sources.tensors)
+        norms = math.sqrt(_dot(first, first)) * math.sqrt(_dot(second, second))
         if norms == 0.0:
             return None
-        cosine = float(torch.dot(first, second)) / norms
+        cosine = _dot(first, second) / norms
         return None if abs(cosine) > PARALLEL else math.acos(cosine)
 
     def merge(self, sources: Sources, prepared: Any, values: Values, out: Tensor) -> None:  # noqa: D102
@@ -78,6 +77,12 @@ class Slerp(Kernel):
                 math.sin(t * prepared) / math.sin(prepared),
             )
         weighted_sum(sources.tensors, factors, out)
+
+
+def _dot(first: Tensor, second: Tensor) -> float:
+    """Return the scalar product in float64."""
+    parts = blocks(first.numel(), first.device)
+    return math.fsum(total(first[part].double().mul_(second[part])) for part in parts)
 
 
 def _base(sources: Sources) -> Tensor:

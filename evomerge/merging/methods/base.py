@@ -8,8 +8,9 @@ kept in float32 and cast once, when it is written to `out`.
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,9 @@ from evomerge.recipe import Scalar
 
 BLOCK_ELEMENTS = 1 << 16
 """Elements worked on at a time on a CPU, so that all operands of an elementwise kernel stay in cache."""
+
+ROW_ELEMENTS = 1 << 14
+"""Elements that `total` adds up in one go: too few for torch to divide them among threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,20 +105,29 @@ def weighted_sum(tensors: Sequence[Tensor], factors: Sequence[float], out: Tenso
     if len(used) == 1 and used[0][1] == 1.0:
         flat_out.copy_(used[0][0])
         return
-    count = flat_out.numel()
-    step = BLOCK_ELEMENTS if out.device.type == "cpu" else max(1, count)
-    direct = out.dtype == torch.float32
-    scratch = None if direct else torch.empty(min(step, count), dtype=torch.float32, device=out.device)
-    for start in range(0, count, step):
-        part = slice(start, min(start + step, count))
+    (first, first_factor), *rest = used
+    for part in blocks(flat_out.numel(), out.device):
         target = flat_out[part]
-        total = target if scratch is None else scratch[: target.numel()]
-        first, factor = used[0]
-        total.copy_(first[part]).mul_(factor)
-        for tensor, factor in used[1:]:
-            total.add_(tensor[part], alpha=factor)
-        if scratch is not None:
-            target.copy_(total)
+        merged = target if out.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
+        merged.copy_(first[part]).mul_(first_factor)
+        for tensor, factor in rest:
+            merged.add_(tensor[part], alpha=factor)
+        if merged is not target:
+            target.copy_(merged)
+
+
+def blocks(count: int, device: torch.device) -> Iterator[slice]:
+    """Yield the parts of a flat tensor to work on one at a time: small on a CPU, all at once elsewhere."""
+    step = BLOCK_ELEMENTS if device.type == "cpu" else max(1, count)
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+def total(values: Tensor) -> float:
+    """Return the sum of a flat tensor in float64, the same whatever the number of threads."""
+    whole = values.numel() // ROW_ELEMENTS * ROW_ELEMENTS
+    rows = values[:whole].view(-1, ROW_ELEMENTS).sum(dim=1, dtype=torch.float64)
+    return math.fsum([*rows.tolist(), float(values[whole:].sum(dtype=torch.float64))])
 
 
 def uniform_codes(seed: int, key: str, count: int, device: torch.device) -> Tensor:
@@ -125,16 +138,19 @@ def uniform_codes(seed: int, key: str, count: int, device: torch.device) -> Tens
     """
     digest = hashlib.sha256(f"{seed}\x1f{key}".encode()).digest()
     first, second = (int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4))
-    code = torch.arange(count, dtype=torch.int32, device=device)
-    for word in (first, second):
-        code ^= word
-        for shift, factor in ((16, -2048144789), (13, -1028477387)):
-            code ^= _shift_right(code, shift)
-            code *= factor
-        code ^= _shift_right(code, 16)
-    return _shift_right(code, 8)
+    codes = torch.arange(count, dtype=torch.int32, device=device)
+    for part in blocks(count, device):
+        code = codes[part]
+        for word in (first, second):
+            code ^= word
+            for shift, factor in ((16, -2048144789), (13, -1028477387)):
+                code ^= _shift_right(code, shift)
+                code *= factor
+            code ^= _shift_right(code, 16)
+        code.copy_(_shift_right(code, 8))
+    return codes
 
 
 def _shift_right(code: Tensor, bits: int) -> Tensor:
     """Logical shift of int32, which torch shifts arithmetically."""
-    return (code >> bits) & ((1 << (32 - bits)) - 1)
+    return (code >> bits).bitwise_and_((1 << (32 - bits)) - 1)

@@ -1,0 +1,394 @@
+"""A run as one HTML file: result, figures, failures, time, recipe and lineage. Nothing in it is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from evomerge.checkpoints.files import one_line
+from evomerge.errors import RecipeError, UserError
+from evomerge.recipe import Recipe, Rule, parse_recipe
+from evomerge.records import SPLITS
+from evomerge.report import figures
+from evomerge.report.figures import Drawing, Estimate, Look
+from evomerge.report.summary import Summary, verdict
+from evomerge.store import RunView
+
+MOST_REASONS = 20
+WHOLE = "merge"
+OVERALL = "score over all tasks"
+PHASES = ("merge", "evaluate", "other")
+
+_TEMPLATE = Path(__file__).with_name("page.html")
+
+_WHERE = {
+    "test": "on test documents, by which nothing was chosen",
+    "select": "on select documents, on which the winner was chosen: not yet the result",
+    "search": "on search documents, which guide the search: optimistic, and not the result",
+}
+
+
+def write_report(run: RunView, target: Path) -> Path:
+    """Write a run's report as one HTML file, all or nothing.
+
+    Args:
+        run: The run, in any state.
+        target: The file; one that exists is replaced.
+
+    Returns:
+        The target.
+
+    Raises:
+        UserError: The file cannot be written, or the store cannot be read.
+    """
+    text = render(run).encode("utf-8", "replace")
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(None, "it is a directory")
+        with partial.open("wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+        _sync(target.parent)
+    except OSError as problem:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        reason = problem.strerror or str(problem)
+        raise UserError(
+            one_line(f"{target}: the report cannot be written ({reason}); choose another file")
+        ) from None
+    return target
+
+
+def render(run: RunView) -> str:
+    """Return the page."""
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: figures.clean(value) if type(value) is str else value,
+    )
+    environment.filters.update(number=_number, interval=_interval, length=_length, moment=_moment)
+    return environment.from_string(_TEMPLATE.read_text("utf-8")).render(_context(Summary(run)))
+
+
+def _context(summary: Summary) -> dict[str, Any]:
+    run, data = summary.run, summary.to_json()
+    best = data["best"]
+    models = [*([best] if best else []), *data["baselines"]]
+    looks = {row["candidate"]: _look(row["name"], place - len(models[:1])) for place, row in enumerate(models)}
+    if best:
+        looks[best["candidate"]] = Look("winner" if summary.chosen else "best so far", "winner", "o")
+    recipe = _recipe(summary)
+    events = run.events()
+    return {
+        **data,
+        "verdict": _verdict(summary, data),
+        "measured": _has_intervals(summary),
+        "models": models,
+        "looks": looks,
+        "progress": _progress(summary, looks),
+        "recipe": recipe,
+        "coefficients": _coefficients(recipe, int(run.facts.get("layers") or 0), looks),
+        "task_scores": _tasks(summary, models, looks),
+        "gain_drawing": _gains(data["gains"]),
+        "reasons": _reasons(summary),
+        "times": _times(summary),
+        "documents": _documents(summary),
+        "drift": [line for e in events if e.kind == "drift_accepted" for line in e.data.get("changes", [])],
+        "sessions": sum(event.kind == "started" for event in events),
+        "ended": [str(e.data.get("reason", "")) for e in events if e.kind == "optimizer_finished"],
+        "facts": run.facts,
+        "config": run.config,
+    }
+
+
+def _look(name: str, place: int) -> Look:
+    """Return how the baseline at a place of the list is drawn."""
+    marker = figures.MARKERS[(place + place // figures.SERIES) % len(figures.MARKERS)]
+    return Look(name, f"s{place % figures.SERIES}", marker)
+
+
+def _has_intervals(summary: Summary) -> bool:
+    """Whether the test documents are more than one number per task, so that intervals mean anything."""
+    outcome = summary.outcomes.get((summary.best if summary.best is not None else -1, "test"))
+    return outcome is not None and any(len(values) > 1 for values in outcome.values.values())
+
+
+def _verdict(summary: Summary, data: Mapping[str, Any]) -> str:
+    if data["best"] is None:
+        return "No candidate has a search score yet."
+    if data["gains"] and not _has_intervals(summary):
+        first = data["gains"][0]
+        return (
+            f"On test the winner scores {100 * first['mean']:+.1f} points against the best baseline, "
+            f"{first['over']}; the fitness returns one number per task, so how much of it is chance is unknown."
+        )
+    if data["best"]["test"] is not None and not data["gains"]:
+        return "The winner was measured on the test documents, but there is no baseline to compare it with."
+    return verdict(data["gains"])
+
+
+def _recipe(summary: Summary) -> Recipe | None:
+    if summary.best is None:
+        return None
+    with contextlib.suppress(RecipeError):
+        return parse_recipe(dict(summary.candidates[summary.best].recipe), f"candidate {summary.best}")
+    return None
+
+
+# Figure 1: the search.
+
+
+def _progress(summary: Summary, looks: Mapping[int, Look]) -> dict[str, Any] | None:
+    asked = [(c.number, (c.index or 0) + 1, o.score) for c, o in summary.progress()]
+    points = [(place, score) for _, place, score in asked if score is not None]
+    failed = [place for _, place, score in asked if score is None]
+    baselines = [
+        (look, summary.search[n]) for n, look in looks.items() if n != summary.best and n in summary.search
+    ]
+    if not asked and not baselines:
+        return None
+    best = summary.best
+    winner = None
+    if best is not None:
+        place = next((place for number, place, _ in asked if number == best), len(asked) + 1)
+        winner = (place, summary.search[best])
+    label = f"Search scores of {len(points)} candidates in the order of evaluation; {len(failed)} have none."
+    if points:
+        top = max(points, key=lambda point: point[1])
+        label += f" The best is {top[1]:.3f} at evaluation {top[0]}."
+    label += "".join(f" {look.name}: {score:.3f}." for look, score in baselines)
+    drawing = figures.progress(points, failed, baselines, winner, label)
+    return {
+        **{"drawing": drawing, "drawn": min(len(points), figures.MOST_POINTS), "points": len(points)},
+        **{"failed": len(failed), "hidden": max(0, len(baselines) - figures.MOST_LINES)},
+        "mean": best is not None and summary.candidates[best].origin == "mean",
+    }
+
+
+# Figure 2: the recipe over depth.
+
+
+def _tensors(rule: Rule, alone: bool) -> str:
+    if rule.general:
+        return "all tensors" if alone else "other tensors"
+    return " ".join(part for part in (rule.role, f'"{rule.match}"' if rule.match else None) if part)
+
+
+def _coefficients(recipe: Recipe | None, layers: int, looks: Mapping[int, Look]) -> dict[str, Any]:
+    """Return a figure of what varies over depth, and rows for what is one number."""
+    empty: dict[str, Any] = {"drawing": None, "looks": [], "names": [], "constants": [], "whole": []}
+    if recipe is None:
+        return empty
+    found: dict[tuple[str, str], dict[str, Rule]] = {}
+    owners = [(source.name, source.parameters) for source in recipe.sources]
+    for owner, settings in (*owners, (WHOLE, recipe.parameters)):
+        for parameter, setting in settings.items():
+            for rule in setting:
+                key = (parameter, _tensors(rule, len(setting) == 1))
+                found.setdefault(key, {}).setdefault(owner, rule)
+    by_name = {look.name: look for number, look in looks.items()} | {WHOLE: Look(WHOLE, "ink", "o")}
+    for place, (owner, _) in enumerate(owners):
+        # Sources that were no baselines, as in a run that is not that far.
+        by_name.setdefault(owner, _look(owner, place))
+    panels, constants, whole = [], [], []
+    for (parameter, tensors), rules in found.items():
+        if layers > 1 and any(isinstance(rule.value, tuple) for rule in rules.values()):
+            depths = [layer / (layers - 1) for layer in range(layers)]
+            lines = [(by_name[o], [float(rule.at(d)) for d in depths]) for o, rule in rules.items()]
+            panels.append(figures.Panel(f"{parameter}, {tensors}", parameter, lines))
+        elif WHOLE in rules:
+            whole.append((parameter, tensors, rules[WHOLE].value))
+        else:
+            cells = [rules[name].value if name in rules else None for name, _ in owners]
+            constants.append((parameter, tensors, cells))
+    drawn = {look.name: look for panel in panels for look, _ in panel.lines}
+    return {
+        "drawing": figures.coefficients(panels, _panels_in_words(panels)) if panels else None,
+        "looks": list(drawn.values()),
+        "names": [name for name, _ in owners],
+        "constants": constants,
+        "whole": whole,
+    }
+
+
+def _panels_in_words(panels: Sequence[figures.Panel]) -> str:
+    parts = ["The winner's parameters from the first layer to the last."]
+    for panel in panels:
+        ends = ", ".join(f"{look.name} {line[0]:.2f} to {line[-1]:.2f}" for look, line in panel.lines)
+        parts.append(f"{panel.title}: {ends}.")
+    return " ".join(parts)
+
+
+# Figure 3: tasks. Figure 4: gains.
+
+
+def _tasks(summary: Summary, models: Sequence[Mapping[str, Any]], looks: Mapping[int, Look]) -> dict[str, Any]:
+    """Return a figure of scores by task on the best documents there are, and what it is drawn from."""
+    split = next((s for s in ("test", "select") if models and models[0][s]), "search")
+    scores = {m["candidate"]: m[split] if split != "search" else _on_search(summary, m) for m in models}
+    scores = {number: found for number, found in scores.items() if found}
+    rules = summary.rules
+    names = list(dict.fromkeys(task for found in scores.values() for task in found["tasks"]))
+    rows: dict[str, list[tuple[Look, Estimate]]] = {}
+    if len(names) > 1:
+        rows[OVERALL] = [(looks[n], _estimate(found)) for n, found in scores.items()]
+    for name in names:
+        rows[name] = [
+            (looks[n], _estimate(found["tasks"][name])) for n, found in scores.items() if name in found["tasks"]
+        ]
+    groups: dict[str, list[tuple[str, list[tuple[Look, Estimate]]]]] = {}
+    for name, row in rows.items():
+        rule = rules.get(name)
+        share = all(0 <= estimate.value <= 1 for _, estimate in row)
+        metric = "score" if share or rule is None else rule.metric
+        if rule is not None and not rule.higher_is_better:
+            metric += " (lower is better)"
+        groups.setdefault(metric, []).append((name, row))
+    drawn = [figures.TaskRows(metric, found) for metric, found in groups.items()]
+    label = f"Scores of {len(scores)} models on {len(names)} tasks; the table below has the numbers."
+    return {
+        "drawing": figures.tasks(drawn, label) if drawn else None,
+        "looks": [looks[number] for number in scores],
+        "rows": list(rows.items()),
+        "where": _WHERE[split],
+        "stderr": split == "search",
+    }
+
+
+def _on_search(summary: Summary, model: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the scores on all search documents, or on the draw of the candidate's generation."""
+    number = model["candidate"]
+    draw = f"search@{summary.candidates[number].generation}"
+    return summary.scores(number, "search") or summary.scores(number, draw)
+
+
+def _estimate(found: Mapping[str, Any]) -> Estimate:
+    value = found["score"] if "score" in found else found["metric"]
+    low, high, stderr = found.get("low"), found.get("high"), found["stderr"]
+    if low is None and stderr:
+        low, high = value - 1.96 * stderr, value + 1.96 * stderr
+    return Estimate(value) if low == high else Estimate(value, low, high)
+
+
+def _gains(gains: Sequence[Mapping[str, Any]]) -> Drawing | None:
+    if not gains:
+        return None
+    rows = []
+    for gain in gains:
+        mean, low, high = (100 * gain[key] for key in ("mean", "low", "high"))
+        rows.append((gain["over"], Estimate(mean) if low == high else Estimate(mean, low, high)))
+    words = "; ".join(f"{name} {figures.amount(gain)}" for name, gain in rows)
+    return figures.gains(rows, f"Gain of the winner in points over each baseline: {words}.")
+
+
+# Tables.
+
+
+def _reasons(summary: Summary) -> list[dict[str, Any]]:
+    """Return failures by status and reason, most frequent first; reasons that differ in numbers are one."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for failure in summary.failures():
+        reason = figures.shortened(failure["reason"], 400) or "no reason given"
+        key = (failure["status"], re.sub(r"\d+", "0", reason))
+        row = found.setdefault(key, {"status": failure["status"], "reason": reason, "numbers": []})
+        row["numbers"].append(failure["candidate"])
+    return sorted(found.values(), key=lambda row: -len(row["numbers"]))
+
+
+def _times(summary: Summary) -> dict[str, Any]:
+    """Return worker seconds by split and phase, and wall time."""
+    rows: dict[str, dict[str, float]] = {}
+    for outcome in summary.outcomes.values():
+        row = rows.setdefault(
+            outcome.documents.partition("@")[0], {"scored": 0, "repeats": 0, **dict.fromkeys(PHASES, 0.0)}
+        )
+        cost = outcome.cost
+        merge, evaluate = cost.get("merge", 0.0), cost.get("evaluate", 0.0)
+        row["scored"] += 1
+        row["repeats"] += not cost
+        row["merge"] += merge
+        row["evaluate"] += evaluate
+        row["other"] += max(0.0, cost.get("total", 0.0) - merge - evaluate)
+    total = {phase: sum(row[phase] for row in rows.values()) for phase in PHASES}
+    busy = sum(total.values())
+    wall = summary.run.updated - summary.run.created
+    return {
+        "rows": [(split, rows[split]) for split in SPLITS if split in rows],
+        "total": total,
+        "scored": sum(row["scored"] for row in rows.values()),
+        "repeats": sum(row["repeats"] for row in rows.values()),
+        "shares": [(phase, 100 * seconds / busy) for phase, seconds in total.items()] if busy else [],
+        "wall": wall,
+        "rate": 60 * len(summary.outcomes) / wall if wall > 0 else None,
+        "busy": busy / wall if wall > 0 else None,
+    }
+
+
+def _documents(summary: Summary) -> dict[str, Any]:
+    """Return the number of documents of each split, by task and in all."""
+    sets = {split: summary.run.document_set(split) or {} for split in SPLITS}
+    draws = sorted({key for _, key in summary.outcomes if "@" in key})
+    drawn = summary.run.document_set(draws[0]) if draws else None
+    names = list(dict.fromkeys(name for found in sets.values() for name in found))
+    return {
+        "rows": [(name, [len(sets[split].get(name, ())) for split in SPLITS]) for name in names],
+        "total": [sum(map(len, sets[split].values())) for split in SPLITS],
+        "draws": len(draws),
+        "drawn": sum(map(len, drawn.values())) if drawn else None,
+    }
+
+
+# Numbers for people.
+
+
+def _number(value: Any) -> str:
+    """Return a number with three decimals, a switch or choice as it is, a dash for nothing."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool | str):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ", ".join(f"{part:.3f}" for part in value)
+    return f"{value:.3f}".replace("-", "\u2212")
+
+
+def _interval(found: Estimate | Mapping[str, Any] | None) -> str:
+    """Return `0.480 to 0.544`; nothing where there is no interval."""
+    if isinstance(found, Estimate):
+        low, high = found.low, found.high
+    else:
+        low, high = (found.get("low"), found.get("high")) if found else (None, None)
+    return "" if low is None or high is None or low == high else f"{_number(low)} to {_number(high)}"
+
+
+def _length(seconds: float) -> str:
+    """Return a length of time, such as `3 min 20 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
