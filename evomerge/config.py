@@ -5,13 +5,15 @@ Also reads the configs of `mergekit-evolve` (`genome:` and `tasks:`), see `evome
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, nearest
 from evomerge.fitness.settings import FitnessSettings
 from evomerge.mergekit import is_evolve_config, read_evolve_config
 from evomerge.optimizers import settings_of
@@ -28,7 +30,8 @@ def _as_source(data: Any) -> Any:
     if isinstance(data, str):
         data = {"path": data}
     if isinstance(data, dict) and isinstance(data.get("path"), str) and "name" not in data:
-        data = {"name": Path(data["path"].rstrip("/")).name, **data}
+        last = Path(data["path"].rstrip("/")).name
+        data = {"name": re.sub(r"[^A-Za-z0-9._-]", "-", last).lstrip("._-")[:100] or "model", **data}
     return data
 
 
@@ -85,6 +88,20 @@ class OptimizerSettings(BaseModel):
     def settings(self) -> dict[str, Any]:
         """The optimizer's own settings as they were given."""
         return dict(self.model_extra or {})
+
+    def check(self) -> None:
+        """Check name and settings without loading the optimizer.
+
+        Raises:
+            ConfigError: There is no such optimizer or setting, or a value is out of range.
+        """
+        known = settings_of(self.name)
+        names = [field.name for field in dataclasses.fields(known)]
+        for given in self.settings:
+            if given not in names:
+                hint = nearest(given, [*names, *type(self).model_fields])
+                raise ConfigError(f'optimizer.{given}: unknown setting of "{self.name}"{hint}')
+        known(**self.settings)
 
 
 class BudgetSettings(StrictModel):
@@ -160,7 +177,7 @@ class RunConfig(StrictModel):
     @model_validator(mode="after")
     def _optimizer_exists(self) -> RunConfig:
         try:
-            settings_of(self.optimizer.name)
+            self.optimizer.check()
         except ConfigError as problem:
             raise ValueError(str(problem)) from None
         if self.fitness.resample is not None and self.optimizer.name != "cma_es":

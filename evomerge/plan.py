@@ -45,6 +45,15 @@ class Plan:
         config: The config.
         base_dir: What its paths are relative to.
 
+    Attributes:
+        checkpoints: Source name to checkpoint, the base first.
+        refs: Source name to what recipes say of it, with its fingerprint.
+        layout: The layout that all sources share.
+        space: The space.
+        seeded: What is scored before the optimizer proposes anything: baselines and recipes to start from.
+        tasks: The tasks; None for a callable.
+        warnings: What is odd but allowed.
+
     Raises:
         UserError: Something in the config does not fit what is there.
     """
@@ -70,6 +79,8 @@ class Plan:
             self.layout.num_layers,
         )
         self._check_space()
+        self.optimizer()
+        self.seeded = self._seeded()
         self.tasks = TaskSet(config.fitness, config.seed, base_dir) if config.fitness.tasks else None
 
     def _base(self) -> SourceRef | None:
@@ -94,9 +105,8 @@ class Plan:
         wanted = self.config.optimizer
         return create(wanted.name, self.space.dimensions, self.config.seed, wanted.settings, start)
 
-    @cached_property
-    def seeded(self) -> tuple[Seeded, ...]:
-        """The baselines and the recipes to start from, in the order in which they are scored."""
+    def _seeded(self) -> tuple[Seeded, ...]:
+        """Return the baselines and the recipes to start from, in the order in which they are scored."""
         models = [self.refs[ref.name] for ref in self.config.sources.models]
         found = [Seeded(f"source:{ref.name}", self._linear([ref])) for ref in self.refs.values()]
         if len(models) > 1:

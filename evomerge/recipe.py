@@ -32,13 +32,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from evomerge.catalogue import Method, Parameter, Scope, method_named
 from evomerge.errors import RecipeError
 from evomerge.records import Place, Role
-from evomerge.strict import StrictModel, canonical_json, one_line, read_yaml, validated
+from evomerge.strict import StrictModel, canonical_json, dump_yaml, one_line, read_yaml, validated
 
 Scalar = bool | float | str
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -253,7 +252,7 @@ class Recipe(StrictModel):
 
     def to_yaml(self) -> str:
         """Return the recipe as a file that `read_recipe` takes back."""
-        return yaml.safe_dump(self.to_json(), sort_keys=False, allow_unicode=True, width=100)
+        return dump_yaml(self.to_json())
 
 
 def _complete(settings: dict[str, Setting], method: Method, scope: Scope, where: str) -> None:

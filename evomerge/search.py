@@ -80,6 +80,7 @@ class Search:
         self._phase, self._done, self._total = "", 0, 0
         self._best: float | None = None
         self._since_best = 0
+        self._notes = {event.data["note"] for event in run.events() if event.kind == "optimizer"}
         self.stopping = False
 
     def run(self) -> bool:
@@ -175,9 +176,15 @@ class Search:
         state = optimizer.state()
         snapshot = None if state is None else Snapshot(optimizer.asked, self._told, state)
         self._run.tell([candidate.number], outcome.documents, snapshot)
-        for note in optimizer.drain_notes():
-            self._run.add_event("optimizer", {"note": note})
+        self._add_notes(optimizer)
         self._note_best(outcome.score)
+
+    def _add_notes(self, optimizer: Optimizer) -> None:
+        """Record what the optimizer did by itself; a replay on resume says some of it again."""
+        for note in optimizer.drain_notes():
+            if note not in self._notes:
+                self._notes.add(note)
+                self._run.add_event("optimizer", {"note": note})
 
     def _note_best(self, score: float | None) -> None:
         self._since_best += 1
@@ -207,7 +214,7 @@ class Search:
             candidate = asked.candidate
             optimizer.adopt(Proposal(candidate.index or 0, candidate.generation, candidate.genome or ()))
         tell_up_to(self._told + len(told))
-        optimizer.drain_notes()
+        self._add_notes(optimizer)
         for candidate in self._candidates.values():
             if candidate.index is not None:
                 outcome = self._outcomes.get((candidate.number, self._documents_of(candidate)))

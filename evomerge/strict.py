@@ -60,8 +60,8 @@ _NUMBERS = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe loader that refuses duplicate keys and reads numbers as YAML 1.2 does."""
+class _Resolver(yaml.resolver.Resolver):
+    """Tells numbers as YAML 1.2 does, true, false and null as YAML 1.1 does, and texts for the rest."""
 
     def resolve(self, kind: type[yaml.Node], value: str | None, implicit: Any) -> str:
         tag: str = super().resolve(kind, value, implicit)
@@ -73,6 +73,14 @@ class _Loader(yaml.SafeLoader):
             if pattern.fullmatch(value):
                 return _TAG + name
         return _TAG + "str"
+
+
+class _Dumper(_Resolver, yaml.SafeDumper):
+    """Safe dumper that quotes what `_Loader` would take for a number."""
+
+
+class _Loader(_Resolver, yaml.SafeLoader):
+    """Safe loader that refuses duplicate keys."""
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         """Return a decimal number even where it begins with 0; 0x and 0o are hexadecimal and octal."""
@@ -133,6 +141,12 @@ def parse_yaml(text: str, where: str, error: type[UserError]) -> Any:
         raise error(one_line(f"{where}: not valid YAML: {problem}")) from None
 
 
+def dump_yaml(data: Any) -> str:
+    """Return plain data as a YAML text that `parse_yaml` takes back."""
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return text
+
+
 def read_text(path: Path, error: type[UserError]) -> str:
     """Return the text of a file, or raise `error` in one line."""
     try:
@@ -166,8 +180,17 @@ _WANTED = {
     "string_type": "a text",
     **dict.fromkeys(("tuple_type", "list_type"), "a list"),
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping"),
+    "literal_error": "{expected}",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "too_short": "at least {min_length} item(s)",
+    "string_too_short": "at least {min_length} character(s)",
+    "string_too_long": "at most {max_length} characters",
+    "string_pattern_mismatch": "a text that matches {pattern}",
 }
-"""What was expected, by pydantic's kind of fault, for faults that a union can report about one value."""
+"""What was expected, by pydantic's kind of fault."""
 
 
 def explain(problem: ValidationError) -> str:
@@ -185,8 +208,8 @@ def explain(problem: ValidationError) -> str:
     if fault["type"] == "missing":
         return f"{key}: missing; it has no default"
     alike = [f for f in faults if _path(f) == _path(fault)]
-    wanted = list(dict.fromkeys(_WANTED[f["type"]] for f in alike if f["type"] in _WANTED))
-    wanted += [f"one of {f['ctx']['expected']}" for f in alike if f["type"] == "literal_error"]
+    known = [f for f in alike if f["type"] in _WANTED]
+    wanted = list(dict.fromkeys(_WANTED[f["type"]].format_map(f.get("ctx", {})) for f in known))
     shown = json.dumps(fault["input"], default=str)
     got = f"got {shown if len(shown) < 80 else shown[:77] + '...'}"
     if not wanted:

@@ -1,23 +1,25 @@
 """Forward passes for lm-eval requests over a resident transformers model.
 
-Log-likelihoods: requests sorted by length, padded on the right, one forward per batch, the head applied
-only to the positions that are scored. Generation: greedy, padded on the left, with a key-value cache, until
-every row has met its stop string. What greedy decoding alone does not cover goes through lm-eval's own
-`HFLM.generate_until`.
+Log-likelihoods: rows sorted by length, padded on the right, one forward per batch, the head applied only to
+the positions that are scored. Rows that the model would read twice (choices of one token) are read once.
+Generation: greedy, padded on the left, with a key-value cache; every row stops where the stock command
+stops it at its default batch size of 1. What greedy decoding alone does not cover goes through lm-eval's
+own `HFLM.generate_until`.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from evomerge.errors import CandidateError
+from evomerge.errors import CandidateError, FitnessError
 from evomerge.fitness.tasks import lm_eval_quiet
 
 MAX_LOGITS_BYTES = 2**30
@@ -39,6 +41,37 @@ class TokenRequest:
     targets: tuple[int, ...] = ()
     stops: tuple[str, ...] = ()
     max_new_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """One forward for log-likelihoods.
+
+    Attributes:
+        ids: Distinct rows, (rows, width), padded with 0 on the right.
+        keep: How many of the last positions need logits.
+        scored: For every scored token: its row, its position among those kept, and its id, (3, scored).
+        place: For every scored token: its request in `requests` and its position there, (2, scored).
+        requests: The requests answered, as numbers in the plan.
+        length: Most scored tokens of one request.
+        tokens: Tokens read, without padding.
+    """
+
+    ids: Tensor
+    keep: int
+    scored: Tensor
+    place: Tensor
+    requests: tuple[int, ...]
+    length: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The batches that answer a list of log-likelihood requests, made once and used for every candidate."""
+
+    batches: tuple[_Batch, ...]
+    size: int
 
 
 def is_plain_greedy(kwargs: Mapping[str, Any]) -> bool:
@@ -83,7 +116,17 @@ class Engine:
         self.counts = {"requests": 0.0, "tokens": 0.0, "padded_tokens": 0.0}
 
     def encode(self, instance: Any) -> list[TokenRequest]:
-        """Return an instance's rows; several only for rolling log-likelihoods longer than the context."""
+        """Return an instance's rows; several only for rolling log-likelihoods longer than the context.
+
+        Raises:
+            FitnessError: The request cannot be scored; lm-eval stops at it too.
+        """
+        try:
+            return self._encode(instance)
+        except FitnessError as problem:
+            raise FitnessError(f"fitness.tasks.{instance.task_name}: {problem}") from None
+
+    def _encode(self, instance: Any) -> list[TokenRequest]:
         lm, kind = self.lm, instance.request_type
         if kind == "generate_until":
             return [self._encode_generation(*instance.args)]
@@ -93,12 +136,18 @@ class Engine:
         if context:
             return [self._row(*lm._encode_pair(context, continuation))]
         ids = lm.tok_encode(continuation, add_special_tokens=False)
-        if ids[0] == lm.prefix_token_id:
+        if ids[:1] == [lm.prefix_token_id]:
             return [self._row(ids[:1], ids[1:])]
         return [self._row([lm.prefix_token_id], ids)]
 
     def _row(self, context: list[int], continuation: list[int]) -> TokenRequest:
-        kept = (context + continuation)[-(self.lm.max_length + 1) :]
+        limit = self.lm.max_length
+        if not context or not 0 < len(continuation) <= limit:
+            raise FitnessError(
+                f"a continuation of {len(continuation)} tokens after a context of {len(context)}: expected a "
+                f"context and 1 to {limit} tokens, as many as the model reads at once"
+            )
+        kept = (context + continuation)[-(limit + 1) :]
         return TokenRequest(tuple(kept[:-1]), tuple(continuation))
 
     def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
@@ -121,50 +170,80 @@ class Engine:
             normal = normalize_gen_kwargs(kwargs, self.lm.max_gen_toks)
             eos = self.lm.tok_decode(self.lm.eot_token_id, skip_special_tokens=False)
             stops = handle_stop_sequences(normal["until"], eos=eos)
-            room = self.lm.max_length - normal["max_gen_toks"]
-            ids, _ = self.lm.tok_batch_encode([context], left_truncate_len=room)
-        return TokenRequest(tuple(ids[0].tolist()), stops=tuple(stops), max_new_tokens=normal["max_gen_toks"])
+            limit = normal["max_gen_toks"]
+            if not 0 < limit < self.lm.max_length:
+                raise FitnessError(
+                    f"generation_kwargs ask for {limit} tokens: expected 1 to {self.lm.max_length - 1}, "
+                    "fewer than the model reads at once"
+                )
+            ids, _ = self.lm.tok_batch_encode([context], left_truncate_len=self.lm.max_length - limit)
+        if not ids.numel():
+            raise FitnessError("an empty prompt, and the tokenizer puts no token before it")
+        return TokenRequest(tuple(ids[0].tolist()), stops=tuple(stops), max_new_tokens=limit)
+
+    def plan(self, requests: Sequence[TokenRequest]) -> Plan:
+        """Return the batches for log-likelihood requests; which rows share one depends on no order."""
+        sharing: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            sharing[request.tokens].append(i)
+        rows = sorted(sharing, key=lambda tokens: (-len(tokens), tokens))
+        starts = [len(row) - max(len(requests[i].targets) for i in sharing[row]) for row in rows]
+        batches = []
+        for part in self._parts([len(row) for row in rows], starts):
+            members = [(row, i) for row, tokens in enumerate(rows[part]) for i in sharing[tokens]]
+            batches.append(_batch(rows[part], min(starts[part]), members, requests))
+        return Plan(tuple(batches), len(requests))
+
+    def _parts(self, lengths: Sequence[int], starts: Sequence[int], extra: int = 0) -> Iterator[slice]:
+        """Yield runs of rows that are forwarded together.
+
+        Args:
+            lengths: Tokens of each row, longest first.
+            starts: First position of each row that needs logits.
+            extra: Tokens to come after each row.
+        """
+        position_bytes = 4 * int(self._model.config.get_text_config().vocab_size)
+        begin = 0
+        while begin < len(lengths):
+            width, first, end = lengths[begin] + extra, starts[begin], begin + 1
+            while end < len(lengths):
+                rows, lowest = end + 1 - begin, min(first, starts[end])
+                logits = rows * (lengths[begin] - lowest) * position_bytes
+                if rows * width > self._batch_tokens or logits > MAX_LOGITS_BYTES:
+                    break
+                first, end = lowest, end + 1
+            yield slice(begin, end)
+            begin = end
 
     @torch.inference_mode()
-    def loglikelihoods(self, requests: Sequence[TokenRequest]) -> list[tuple[float, bool]]:
-        """Return (sum of the targets' log-probabilities, whether greedy decoding gives the targets) per row.
+    def loglikelihoods(self, plan: Plan) -> list[tuple[float, bool]]:
+        """Return (sum of the targets' log-probabilities, whether greedy decoding gives them) per request.
 
         Raises:
             CandidateError: One is not finite.
         """
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for rows in self._batches(requests):
-            batch = [requests[i] for i in rows]
-            width = max(len(request.tokens) for request in batch)
-            ids = torch.zeros((len(batch), width), dtype=torch.long)
-            row_of: list[int] = []
-            column_of: list[int] = []
-            target_of: list[int] = []
-            first = width
-            for row, request in enumerate(batch):
-                length = len(request.tokens)
-                ids[row, :length] = torch.tensor(request.tokens)
-                start = length - len(request.targets)
-                first = min(first, start)
-                row_of += [row] * len(request.targets)
-                column_of += range(start, length)
-                target_of += request.targets
-            logits = self._logits(ids.to(self._model.device), width - first)
-            picked = logits[row_of, [column - first for column in column_of]]
-            targets = torch.tensor(target_of, device=picked.device)
-            log_probs = torch.log_softmax(picked, dim=-1)
-            chosen = log_probs.gather(1, targets[:, None])[:, 0]
-            rows_tensor = torch.tensor(row_of, device=picked.device)
+        device = self._model.device
+        sums, hits = [], []
+        for batch in plan.batches:
+            logits = self._logits(batch.ids.to(device, torch.long), batch.keep)
+            rows, columns, targets = batch.scored.to(device)
+            places = tuple(batch.place.to(device))
+            log_probs = torch.log_softmax(logits[rows, columns], dim=-1)
             # Summed in float32 and rounded once, as torch sums a slice of half-precision numbers.
-            sums = torch.zeros(len(batch), device=picked.device).index_add_(0, rows_tensor, chosen.float())
-            misses = torch.zeros(len(batch), device=picked.device)
-            misses.index_add_(0, rows_tensor, (log_probs.argmax(-1) != targets).float())
-            totals, missed = sums.to(chosen.dtype).tolist(), misses.tolist()
-            for i, total, miss in zip(rows, totals, missed, strict=True):
-                if total != total or total in (float("inf"), float("-inf")):
+            parts = torch.zeros((len(batch.requests), batch.length), device=device)
+            parts[places] = log_probs.gather(1, targets[:, None])[:, 0].float()
+            misses = torch.zeros((len(batch.requests), batch.length), dtype=torch.bool, device=device)
+            misses[places] = log_probs.argmax(-1) != targets
+            sums.append(parts.sum(1).to(log_probs.dtype))
+            hits.append(~misses.any(1))
+            self._count(len(batch.requests), batch.tokens, batch.ids.numel())
+        answers: list[tuple[float, bool]] = [(0.0, False)] * plan.size
+        if sums:
+            order = [i for batch in plan.batches for i in batch.requests]
+            for i, total, hit in zip(order, torch.cat(sums).tolist(), torch.cat(hits).tolist(), strict=True):
+                if not math.isfinite(total):
                     raise CandidateError(f"the model gives a log-likelihood of {total}")
-                answers[i] = (total, miss == 0)
-            self._count(batch, width)
+                answers[i] = (total, hit)
         return answers
 
     def _logits(self, ids: Tensor, keep: int) -> Tensor:
@@ -173,6 +252,16 @@ class Engine:
             logits: Tensor = self._model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
             return logits
         return self._model(input_ids=ids, use_cache=False).logits[:, -keep:]  # type: ignore[no-any-return]
+
+    def check_finite(self, request: TokenRequest) -> None:
+        """Forward one generation request.
+
+        Raises:
+            CandidateError: The model's logits are not finite.
+        """
+        counts = dict(self.counts)
+        self.generate([replace(request, max_new_tokens=1)])
+        self.counts = counts
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[TokenRequest]) -> list[str]:
@@ -186,13 +275,17 @@ class Engine:
         for i, request in enumerate(requests):
             groups[request.stops, request.max_new_tokens].append(i)
         for (stops, limit), members in groups.items():
-            for rows in self._batches([requests[i] for i in members], extra=limit):
-                batch = [requests[members[row]] for row in rows]
-                for row, text in zip(rows, self._greedy(batch, stops, limit), strict=True):
-                    answers[members[row]] = text
+            members.sort(key=lambda i: (-len(requests[i].tokens), requests[i].tokens))
+            lengths = [len(requests[i].tokens) for i in members]
+            for part in self._parts(lengths, [length - 1 for length in lengths], extra=limit):
+                texts = self._greedy([requests[i] for i in members[part]], stops, limit)
+                for i, text in zip(members[part], texts, strict=True):
+                    answers[i] = text
         return answers
 
     def _greedy(self, batch: Sequence[TokenRequest], stops: tuple[str, ...], limit: int) -> list[str]:
+        from lm_eval.models.utils import postprocess_generated_text
+
         width = max(len(request.tokens) for request in batch)
         device = self._model.device
         ids = torch.zeros((len(batch), width), dtype=torch.long)
@@ -204,10 +297,9 @@ class Engine:
         ids, mask = ids.to(device), mask.to(device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         written: list[list[int]] = [[] for _ in batch]
-        texts, open_rows, cache = [""] * len(batch), set(range(len(batch))), None
-        start = 0
-        for step in range(limit):
-            end = width + step
+        open_rows, cache, start, end = list(range(len(batch))), None, 0, width
+        lookback = self._lookback(stops)
+        while open_rows and end < width + limit:
             kwargs: dict[str, Any] = {"logits_to_keep": 1} if self._keeps else {}
             if self._positions:
                 kwargs["position_ids"] = positions[:, start:end]
@@ -215,76 +307,97 @@ class Engine:
                 input_ids=ids, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True, **kwargs
             )
             logits = output.logits[:, -1]
-            if step == 0 and not bool(torch.isfinite(logits).all()):
+            ids, cache, start, end = logits.argmax(-1, keepdim=True), output.past_key_values, end, end + 1
+            # The largest logit is NaN if any is.
+            if start == width and not bool(torch.isfinite(logits.gather(1, ids)).all()):
                 raise CandidateError("the model gives logits that are not finite")
-            ids, cache, start = logits.argmax(-1, keepdim=True), output.past_key_values, end
-            for row, token in enumerate(ids[:, 0].tolist()):
-                if row in open_rows:
-                    written[row].append(token)
-            # Decoding a long answer at every step is quadratic; stopping a few steps late changes nothing.
-            if step < 64 or step % 8 == 0 or step == limit - 1:
-                self._close(open_rows, written, texts, stops)
-            if not open_rows:
-                break
-        self._count(batch, width + step)
-        return [self._cut(text, stops) for text in texts]
+            tokens = ids[:, 0].tolist()
+            for row in open_rows:
+                written[row].append(tokens[row])
+            recent = self.lm.tokenizer.batch_decode([written[row][-lookback:] for row in open_rows])
+            open_rows = [
+                row
+                for row, text in zip(open_rows, recent, strict=True)
+                if tokens[row] not in self._ends and not any(stop in text for stop in stops)
+            ]
+        self._count(len(batch), sum(len(request.tokens) for request in batch), len(batch) * (end - 1))
+        texts = self.lm.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [postprocess_generated_text(text, list(stops), None) for text in texts]
 
-    def _close(
-        self, open_rows: set[int], written: list[list[int]], texts: list[str], stops: tuple[str, ...]
-    ) -> None:
-        """Take out of `open_rows` those that have met a stop string or an end token."""
-        rows = sorted(open_rows)
-        ended = {row: next((i for i, t in enumerate(written[row]) if t in self._ends), None) for row in rows}
-        decoded = self.lm.tokenizer.batch_decode(
-            [written[row][: ended[row]] for row in rows], skip_special_tokens=True
-        )
-        for row, text in zip(rows, decoded, strict=True):
-            texts[row] = text
-            if ended[row] is not None or any(stop and stop in text for stop in stops):
-                open_rows.discard(row)
+    def _lookback(self, stops: tuple[str, ...]) -> int:
+        """Return how many of the last tokens are searched for stop strings, as lm-eval does."""
+        encode = self.lm.tokenizer.encode
+        return 2 + max((len(encode(stop, add_special_tokens=False)) for stop in stops), default=0)
 
-    @staticmethod
-    def _cut(text: str, stops: tuple[str, ...]) -> str:
-        for stop in stops:
-            if stop:
-                text = text.split(stop)[0]
-        return text
+    def _count(self, requests: int, tokens: int, padded_tokens: int) -> None:
+        self.counts["requests"] += requests
+        self.counts["tokens"] += tokens
+        self.counts["padded_tokens"] += padded_tokens
 
-    def _batches(self, requests: Sequence[TokenRequest], extra: int = 0) -> Iterator[list[int]]:
-        """Yield row numbers, longest rows first, at most `batch_tokens` padded tokens a batch."""
-        order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].tokens), requests[i].tokens))
-        vocabulary = int(self._model.config.get_text_config().vocab_size)
-        start = 0
-        while start < len(order):
-            width = len(requests[order[start]].tokens) + extra
-            scored = max(1, len(requests[order[start]].targets))
-            rows = max(1, min(self._batch_tokens // width, MAX_LOGITS_BYTES // (4 * scored * vocabulary)))
-            yield order[start : start + rows]
-            start += rows
 
-    def _count(self, batch: Sequence[TokenRequest], width: int) -> None:
-        self.counts["requests"] += len(batch)
-        self.counts["tokens"] += sum(len(request.tokens) for request in batch)
-        self.counts["padded_tokens"] += len(batch) * width
+def _batch(
+    rows: Sequence[tuple[int, ...]],
+    first: int,
+    members: Sequence[tuple[int, int]],
+    requests: Sequence[TokenRequest],
+) -> _Batch:
+    """Return the batch of `rows`, longest first.
+
+    Args:
+        rows: Distinct rows.
+        first: The first position that is scored in any of them.
+        members: (row, request) pairs.
+        requests: All requests of the plan.
+    """
+    ids = torch.zeros((len(rows), len(rows[0])), dtype=torch.int32)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+    scored: list[tuple[int, int, int]] = []
+    place: list[tuple[int, int]] = []
+    for number, (row, i) in enumerate(members):
+        targets = requests[i].targets
+        column = len(rows[row]) - len(targets) - first
+        scored += [(row, column + k, target) for k, target in enumerate(targets)]
+        place += [(number, k) for k in range(len(targets))]
+    return _Batch(
+        ids=ids,
+        keep=len(rows[0]) - first,
+        scored=torch.tensor(scored).T.contiguous(),
+        place=torch.tensor(place).T.contiguous(),
+        requests=tuple(i for _, i in members),
+        length=max(len(requests[i].targets) for _, i in members),
+        tokens=sum(map(len, rows)),
+    )
+
+
+_NO_MATTER = {
+    # lm-eval turns sampling off
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h"),
+    *("typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("max_length", "use_cache", "pad_token_id"),  # lm-eval gives its own
+    *("bos_token_id", "eos_token_id", "decoder_start_token_id"),
+    *("length_penalty", "early_stopping"),  # of beam search
+    *("cache_implementation", "cache_config", "compile_config", "disable_compile"),
+    *("_from_model_config", "transformers_version"),
+}
+_NEUTRAL = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "diversity_penalty": 0.0,
+    "guidance_scale": 1.0,
+}
 
 
 def _plain_generation(config: Any) -> bool:
     """Whether a generation config leaves greedy decoding as it is."""
-    neutral: dict[str, tuple[Any, ...]] = {
-        "repetition_penalty": (None, 1.0),
-        "encoder_repetition_penalty": (None, 1.0),
-        "no_repeat_ngram_size": (None, 0),
-        "encoder_no_repeat_ngram_size": (None, 0),
-        "min_length": (None, 0),
-        "min_new_tokens": (None, 0),
-        "num_beams": (None, 1),
-        "guidance_scale": (None, 1.0),
-        "bad_words_ids": (None, []),
-        "sequence_bias": (None, {}),
-        "suppress_tokens": (None, []),
-        "begin_suppress_tokens": (None, []),
-        "forced_bos_token_id": (None,),
-        "forced_eos_token_id": (None,),
-        "exponential_decay_length_penalty": (None,),
-    }
-    return all(getattr(config, name, None) in values for name, values in neutral.items())
+    return all(
+        name in _NO_MATTER or not value or _NEUTRAL.get(name) == value
+        for name, value in config.to_diff_dict().items()
+    )

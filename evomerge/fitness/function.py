@@ -1,9 +1,9 @@
 """A Python callable as fitness.
 
 The callable is `f(model, tokenizer, request) -> result`, run inside the worker, where `model` is the merged
-transformers model and `request` a `Request`. The result is a number (higher is better), a mapping of names
-to numbers (their mean is the score), or a mapping of names to one number per document, which makes
-intervals possible.
+transformers model and `request` a `Request`. The result is a number (higher is better), a list of one number
+per document (their mean is the score), which makes intervals possible, or a mapping of names to either (the
+mean over names is the score).
 
 It should score different documents for `request.split` = `search`, `select` and `test`, and the same ones
 whenever the request is equal.
@@ -64,8 +64,11 @@ def load_function(spec: str, base_dir: Path) -> Callable[..., Any]:
         else:
             module = importlib.import_module(module_name)
         function = getattr(module, name)
-    except (ImportError, AttributeError, SyntaxError) as problem:
-        raise FitnessError(f"fitness.function: {spec}: {type(problem).__name__}: {problem}") from problem
+    except FitnessError:
+        raise
+    except Exception as problem:  # whatever the user's module raises
+        text = (str(problem).splitlines() or [""])[0]
+        raise FitnessError(f"fitness.function: {spec}: {type(problem).__name__}: {text}") from problem
     if not callable(function):
         raise FitnessError(f"fitness.function: {spec}: expected a callable, got {type(function).__name__}")
     return function  # type: ignore[no-any-return]
@@ -100,8 +103,11 @@ def evaluate_function(
     rules = rules_of(values)
     metrics = {name: aggregate(rules[name], values[name]) for name in rules}
     errors = {name: standard_error(rules[name], values[name]) for name in rules}
+    score = float(combine(rules, metrics)[0])
+    if not math.isfinite(score):
+        raise CandidateError(f"score is {score}")
     return Evaluation(
-        score=float(combine(rules, metrics)[0]),
+        score=score,
         stderr=combined_error(rules, errors),
         tasks={name: TaskScore(float(metrics[name][0]), errors[name]) for name in rules},
         values=values,
@@ -110,12 +116,12 @@ def evaluate_function(
 
 
 def _numbers(name: str, value: Any) -> tuple[Value, ...]:
-    listed = (
-        list(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) else [value]
-    )
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    listed = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     numbers: list[Value] = []
     for item in listed:
-        if isinstance(item, bool | np.bool_) or not isinstance(item, Real | np.generic):
+        if isinstance(item, bool) or not isinstance(item, Real):
             raise FitnessError(
                 f"fitness.function: {name}: expected numbers, got {type(item).__name__} {item!r}"
             )

@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 
-from evomerge.errors import CandidateError
-from evomerge.fitness.engine import Engine, TokenRequest, is_plain_greedy
+from evomerge.errors import CandidateError, FitnessError
+from evomerge.fitness.engine import Engine, Plan, TokenRequest, is_plain_greedy
 from evomerge.fitness.scoring import aggregate, combine, combined_error, standard_error
 from evomerge.fitness.tasks import FEWSHOT_SEED, LoadedTask, TaskSet, lm_eval_quiet
 from evomerge.records import DocumentSet, TaskScore, Value
-from evomerge.seeding import derive
+
+KEPT_SETS = 4
+"""Document sets whose batches are kept: the splits and the present draw."""
+SAMPLING_SEED = 1234
+"""lm-eval's default, for tasks that sample answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,23 @@ class _Prepared:
     tokens: list[list[TokenRequest]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What is the same for every candidate on one document set.
+
+    Attributes:
+        items: Task name to its documents.
+        likelihoods: Instances that ask for log-likelihoods, and how many rows each has.
+        plan: The batches of these rows.
+        generations: Instances that ask for text, and their rows.
+    """
+
+    items: dict[str, list[_Prepared]]
+    likelihoods: list[tuple[Any, int]]
+    plan: Plan
+    generations: list[tuple[Any, TokenRequest]]
+
+
 class Harness:
     """Scores whatever weights the model holds.
 
@@ -62,6 +83,7 @@ class Harness:
         self._tasks = tasks
         self.engine = Engine(model, tokenizer, tasks.settings.batch_tokens)
         self._splits: dict[tuple[str, str], dict[int, _Prepared]] = {}
+        self._work: dict[DocumentSet, _Work] = {}
 
     def rebind(self, model: Any) -> None:
         """Score another model object from now on; requests and tokens stay."""
@@ -78,17 +100,13 @@ class Harness:
         Raises:
             CandidateError: A log-likelihood or score is not finite.
         """
-        chosen = self._tasks.documents(documents)
-        work: dict[str, list[_Prepared]] = {}
-        for name, loaded in self._tasks.tasks.items():
-            prepared = self._prepared(loaded, documents.split)
-            work[name] = [prepared[i] for i in chosen[name]]
+        work = self._prepared_work(documents)
         self.engine.reset_counts()
-        self._answer([item for items in work.values() for item in items])
+        self._answer(work)
         values: dict[str, tuple[Value, ...]] = {}
         with lm_eval_quiet():
             for name, loaded in self._tasks.tasks.items():
-                values[name] = _values(loaded, work[name])
+                values[name] = _values(loaded, work.items[name])
         rules = self._tasks.rules
         metrics = {name: aggregate(rules[name], values[name]) for name in rules}
         errors = {name: standard_error(rules[name], values[name]) for name in rules}
@@ -103,6 +121,37 @@ class Harness:
             counts=dict(self.engine.counts),
         )
 
+    def _prepared_work(self, documents: DocumentSet) -> _Work:
+        """Return a document set's work, kept for the sets used last."""
+        work = self._work.pop(documents, None)
+        if work is None:
+            chosen = self._tasks.documents(documents)
+            items = {}
+            for name, loaded in self._tasks.tasks.items():
+                prepared = self._prepared(loaded, documents.split)
+                items[name] = [prepared[i] for i in chosen[name]]
+            pairs = [
+                (instance, tokens)
+                for prepared_items in items.values()
+                for item in prepared_items
+                for instance, tokens in zip(item.instances, item.tokens, strict=True)
+            ]
+            likelihoods = [pair for pair in pairs if pair[0].request_type != "generate_until"]
+            work = _Work(
+                items=items,
+                likelihoods=[(instance, len(tokens)) for instance, tokens in likelihoods],
+                plan=self.engine.plan([row for _, tokens in likelihoods for row in tokens]),
+                generations=[
+                    (instance, tokens[0])
+                    for instance, tokens in pairs
+                    if instance.request_type == "generate_until"
+                ],
+            )
+        self._work[documents] = work
+        while len(self._work) > KEPT_SETS:
+            del self._work[next(iter(self._work))]
+        return work
+
     def _prepared(self, loaded: LoadedTask, split: str) -> dict[int, _Prepared]:
         """Return the requests of a split by document, built as stock lm-eval builds them for that split."""
         key = (loaded.name, split)
@@ -113,7 +162,7 @@ class Harness:
             with lm_eval_quiet():
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)
                 task.build_all_requests(
-                    samples=list(ids),
+                    samples=dict.fromkeys(ids),  # `in` a list would be quadratic
                     rank=0,
                     world_size=1,
                     system_instruction=settings.system_prompt,
@@ -123,7 +172,8 @@ class Harness:
                     tokenizer_name=lm.tokenizer_name if templated else "",
                 )
                 # An instance's doc_id is its position in `samples`, not in the task's documents.
-                built = {i: _Prepared(task.eval_docs[i], []) for i in ids}
+                docs = task.eval_docs  # a property that processes all documents anew at each access
+                built = {i: _Prepared(docs[i], []) for i in ids}
                 for instance in task.instances:
                     built[ids[instance.doc_id]].instances.append(instance)
             for item in built.values():
@@ -132,48 +182,54 @@ class Harness:
             self._splits[key] = built
         return self._splits[key]
 
-    def _answer(self, items: Sequence[_Prepared]) -> None:
+    def _answer(self, work: _Work) -> None:
         """Fill in the responses of every instance."""
-        likelihoods: list[tuple[Any, list[TokenRequest]]] = []
-        greedy: list[tuple[Any, TokenRequest]] = []
-        other: list[Any] = []
-        for item in items:
-            for instance, tokens in zip(item.instances, item.tokens, strict=True):
-                instance.resps, instance.filtered_resps = [], {}
-                if instance.request_type != "generate_until":
-                    likelihoods.append((instance, tokens))
-                elif self.engine.greedy_is_plain and is_plain_greedy(instance.args[1]):
-                    greedy.append((instance, tokens[0]))
-                else:
-                    other.append(instance)
-        flat = [request for _, requests in likelihoods for request in requests]
-        scored = iter(self.engine.loglikelihoods(flat))
-        for instance, requests in likelihoods:
-            parts = [next(scored) for _ in requests]
+        scored = iter(self.engine.loglikelihoods(work.plan))
+        for instance, rows in work.likelihoods:
+            parts = [next(scored) for _ in range(rows)]
             total = sum(part for part, _ in parts)
             rolling = instance.request_type == "loglikelihood_rolling"
-            answer = total if rolling else (total, parts[0][1])
-            instance.resps = [answer] * instance.repeats
-        for (instance, _), text in zip(greedy, self.engine.generate([r for _, r in greedy]), strict=True):
-            instance.resps = [text] * instance.repeats
+            _respond(instance, total if rolling else (total, parts[0][1]))
+        greedy: list[tuple[Any, TokenRequest]] = []
+        other: list[tuple[Any, TokenRequest]] = []
+        for instance, request in work.generations:
+            plain = self.engine.greedy_is_plain and is_plain_greedy(instance.args[1])
+            (greedy if plain else other).append((instance, request))
+        texts = self.engine.generate([request for _, request in greedy])
+        for (instance, _), text in zip(greedy, texts, strict=True):
+            _respond(instance, text)
         if other:
-            copies = [instance for instance in other for _ in range(instance.repeats)]
-            torch.manual_seed(derive(0, "generation"))
+            self.engine.check_finite(other[0][1])
+            copies = [instance for instance, _ in other for _ in range(instance.repeats)]
+            for instance, _ in other:
+                instance.resps, instance.filtered_resps = [], {}
+            torch.manual_seed(SAMPLING_SEED)
             with lm_eval_quiet():
                 texts = self.engine.lm.generate_until(copies, disable_tqdm=True)
             for instance, text in zip(copies, texts, strict=True):
                 instance.resps.append(text)
 
 
+def _respond(instance: Any, answer: Any) -> None:
+    """Give an instance its answer, the same for each repeat."""
+    instance.resps, instance.filtered_resps = [answer] * instance.repeats, {}
+
+
 def _values(loaded: LoadedTask, items: Sequence[_Prepared]) -> tuple[Value, ...]:
     """Return one value per document, through the task's own filters and metrics."""
-    task = loaded.task
+    task, metric = loaded.task, loaded.rule.metric
     task._instances = [instance for item in items for instance in item.instances]
     task.apply_filters()
     values: list[Value] = []
     for item in items:
         answers = [instance.filtered_resps[loaded.filter] for instance in item.instances]
         results: Mapping[str, Any] = task.process_results(item.doc, answers)
-        value = results[loaded.rule.metric]
-        values.append((float(value[0]), float(value[1])) if isinstance(value, tuple) else float(value))
+        try:
+            value = results[metric]
+            values.append((float(value[0]), float(value[1])) if isinstance(value, tuple) else float(value))
+        except (KeyError, TypeError, ValueError):
+            raise FitnessError(
+                f"fitness.tasks.{loaded.name}.metric: {metric}: expected a number for every document, got "
+                f"{results.get(metric, 'none')!r:.80}"
+            ) from None
     return tuple(values)

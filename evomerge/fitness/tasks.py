@@ -41,6 +41,35 @@ class LoadedTask:
     ids: Mapping[str, tuple[int, ...]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    """One lm-eval task as the config reaches it.
+
+    Attributes:
+        wanted: The config's entry: this task, or a group or tag that it belongs to.
+        name: lm-eval's name.
+        task: lm-eval's object.
+        size: Its documents.
+        before: Documents of the entry's tasks before it.
+        total: Documents of all the entry's tasks.
+        siblings: Number of the entry's tasks.
+        group: lm-eval's object of the entry if it is a group.
+    """
+
+    wanted: TaskSettings
+    name: str
+    task: Any
+    size: int
+    before: int
+    total: int
+    siblings: int
+    group: Any
+
+    def part(self, count: int) -> int:
+        """Return how many of the entry's `count` documents fall to this task."""
+        return _part(count, self.before, self.size, self.total)
+
+
 class TaskSet:
     """The tasks of a run and their splits; equal settings, seed and data give equal splits.
 
@@ -59,15 +88,13 @@ class TaskSet:
         self.code = trusted_code(settings, base_dir)
         self.tasks: dict[str, LoadedTask] = {}
         with lm_eval_quiet():
-            for wanted, name, task, size, share in _load(settings, base_dir):
-                if name in self.tasks:
-                    raise FitnessError(f'fitness.tasks: "{name}" is reached twice; list it once')
-                self.tasks[name] = self._prepared(wanted, name, task, size, share)
+            for leaf in _load(settings, base_dir):
+                if leaf.name in self.tasks:
+                    raise FitnessError(f'fitness.tasks: "{leaf.name}" is reached twice; list it once')
+                self.tasks[leaf.name] = self._prepared(leaf)
 
-    def _prepared(
-        self, wanted: TaskSettings, name: str, task: Any, size: int, share: tuple[int, int]
-    ) -> LoadedTask:
-        where = f"fitness.tasks.{name}"
+    def _prepared(self, leaf: _Leaf) -> LoadedTask:
+        where, task, wanted = f"fitness.tasks.{leaf.name}", leaf.task, leaf.wanted
         if getattr(task, "UNSAFE_CODE", False) and not self.settings.allow_unsafe_code:
             raise FitnessError(
                 f"{where}: executes code that the model writes; set fitness.allow_unsafe_code to allow it"
@@ -78,13 +105,13 @@ class TaskSet:
             task.set_config(key="num_fewshot", value=wanted.num_fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        rule = _rule(wanted, where, task, size, share)
+        rule = _rule(where, leaf)
         filters = [ensemble.name for ensemble in getattr(task, "_filters", [])] or ["none"]
         chosen = wanted.filter or filters[0]
         if chosen not in filters:
             raise FitnessError(f'{where}.filter: unknown filter "{chosen}"{nearest(chosen, filters)}')
         counts = wanted.documents or self.settings.documents
-        return LoadedTask(name, task, rule, chosen, _split(where, name, size, counts, share, self._seed))
+        return LoadedTask(leaf.name, task, rule, chosen, _split(where, leaf, counts, self._seed))
 
     @property
     def rules(self) -> dict[str, TaskRule]:
@@ -98,10 +125,22 @@ class TaskSet:
             ids = list(loaded.ids[documents.split])
             if documents.draw is not None:
                 random = stream(self._seed, "draw", name, documents.draw)
-                count = min(self.settings.resample or len(ids), len(ids))
+                count = self._drawn(name, documents.split)
                 ids = sorted(int(i) for i in random.choice(ids, size=count, replace=False))
             chosen[name] = ids
         return chosen
+
+    def _drawn(self, name: str, split: str) -> int:
+        """Return how many documents of a task are drawn; a group's are shared out by size."""
+        group = self.tasks[name].rule.group
+        sizes = {n: len(t.ids[split]) for n, t in self.tasks.items() if t.rule.group == group}
+        total, before = sum(sizes.values()), 0
+        wanted = min(self.settings.resample or total, total)
+        for other, size in sizes.items():
+            if other == name:
+                return max(1, _part(wanted, before, size, total))
+            before += size
+        raise KeyError(name)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -109,32 +148,38 @@ class TaskSet:
         digest = hashlib.sha256()
         with lm_eval_quiet():
             for name, loaded in self.tasks.items():
-                config = {
-                    k: v
-                    for k, v in loaded.task.dump_config().items()
-                    if k not in ("dataset_kwargs", "metadata")
-                }
-                head = [name, str(loaded.task.VERSION), loaded.filter, loaded.rule.to_json(), config]
+                task = loaded.task
+                config = {k: v for k, v in task.dump_config().items() if k not in _WHERE_DATA_LIES}
+                head = [name, str(task.VERSION), loaded.filter, loaded.rule.to_json(), config]
                 digest.update(canonical_json(_plain(head)).encode())
-                documents = loaded.task.eval_docs
+                documents = task.eval_docs
                 for split in SPLITS:
                     for i in loaded.ids[split]:
                         digest.update(canonical_json(_plain([split, i, documents[i]])).encode())
+                if task.get_config("num_fewshot"):
+                    for document in task.fewshot_docs() or ():
+                        digest.update(canonical_json(_plain(["example", document])).encode())
         shared = self.settings.model_dump(
             include={"chat_template", "system_prompt", "fewshot_as_multiturn", "resample"}
         )
-        digest.update(canonical_json([shared, self.code]).encode())
+        # The hashes of trusted files without their folders: a task directory may be moved.
+        code = sorted(self.code.values())
+        digest.update(canonical_json([shared, code]).encode())
         return digest.hexdigest()
 
 
-def _load(
-    settings: FitnessSettings, base_dir: Path
-) -> Iterator[tuple[TaskSettings, str, Any, int, tuple[int, int]]]:
-    """Yield (setting, leaf name, task, documents, (documents before it in its group, of the group))."""
+_WHERE_DATA_LIES = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata")
+"""Keys of a task's config that say where its documents come from; the documents themselves are hashed."""
+
+
+def _load(settings: FitnessSettings, base_dir: Path) -> Iterator[_Leaf]:
+    """Yield the tasks that the config reaches."""
     from lm_eval.tasks import TaskManager
 
-    cache_templates()
-    paths = [str((base_dir / path).resolve()) for path in settings.include_paths]
+    adapt_templates()
+    folders = [(base_dir / path).resolve() for path in settings.include_paths]
+    trusted = [(base_dir / path).resolve() for path in settings.trust_code]
+    paths = [str(folder) for folder in folders]
     own = TaskManager(include_path=paths, include_defaults=False) if paths else None
     known = set(own.all_tasks) if own else set()
     # Reading the thousands of built-in task files takes seconds; it is left out where own tasks suffice.
@@ -146,63 +191,115 @@ def _load(
     for wanted in settings.tasks:
         where = f"fitness.tasks.{wanted.name}"
         if wanted.name not in known:
-            raise FitnessError(f'{where}: unknown task "{wanted.name}"{nearest(wanted.name, known)}')
+            raise FitnessError(
+                f'{where}: unknown task "{wanted.name}"{nearest(wanted.name, known)}{_unreadable(folders)}'
+            )
         try:
-            loaded = own.load([wanted.name])
+            with _only_trusted_functions(trusted):
+                loaded = own.load([wanted.name])
             leaves = [(name, task, len(task.eval_docs)) for name, task in sorted(loaded["tasks"].items())]
+        except FitnessError:
+            raise
         except Exception as problem:  # lm-eval and datasets raise whatever their readers raise
             text = (str(problem).splitlines() or [""])[0]
             raise FitnessError(f"{where}: cannot be loaded: {type(problem).__name__}: {text}") from problem
         total, before = sum(size for *_, size in leaves), 0
+        group = loaded.get("groups", {}).get(wanted.name)
         for name, task, size in leaves:
             if size == 0:
                 raise FitnessError(f"{where}: task {name} has no documents")
-            yield wanted, name, task, size, (before, total)
+            yield _Leaf(wanted, name, task, size, before, total, len(leaves), group)
             before += size
 
 
-def _rule(wanted: TaskSettings, where: str, task: Any, size: int, share: tuple[int, int]) -> TaskRule:
+def _unreadable(folders: Sequence[Path]) -> str:
+    """Return a remark on the first task file that lm-eval skips because it cannot read it."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for folder in folders:
+        for file in sorted(folder.rglob("*.yaml")):
+            try:
+                load_yaml(file, resolve_func=False)
+            except Exception as problem:  # whatever the reader raises
+                text = " ".join(str(problem).split())
+                return f" ({file} cannot be read: {text})"
+    return ""
+
+
+@contextlib.contextmanager
+def _only_trusted_functions(trusted: Sequence[Path]) -> Iterator[None]:
+    """Refuse `!function` in task files outside lm-eval and the trusted folders, included files too."""
+    import lm_eval
+    from lm_eval.tasks import _yaml_loader
+
+    allowed = [Path(lm_eval.__file__).resolve().parent, *trusted]
+    stock = _yaml_loader._import_func_in_yml
+
+    def guarded(qualified: str, base_dir: Path) -> Any:
+        if not any(base_dir.resolve().is_relative_to(folder) for folder in allowed):
+            raise FitnessError(
+                f"{base_dir}: a task file there runs Python code on loading ({qualified}); read it, then "
+                "list its folder in fitness.include_paths and fitness.trust_code"
+            )
+        return stock(qualified, base_dir)
+
+    _yaml_loader._import_func_in_yml = guarded
+    try:
+        yield
+    finally:
+        _yaml_loader._import_func_in_yml = stock
+
+
+def _rule(where: str, leaf: _Leaf) -> TaskRule:
+    from lm_eval.api.registry import get_aggregation
+
+    wanted, task = leaf.wanted, leaf.task
     aggregations = task.aggregation()
     metric = wanted.metric or next(iter(aggregations), None)
     if metric is None or metric not in aggregations:
         raise FitnessError(f'{where}.metric: unknown metric "{metric}"{nearest(str(metric), aggregations)}')
-    kind = getattr(aggregations[metric], "__name__", "?")
-    kind = {"nanmean": "mean"}.get(kind, kind)
-    if kind not in KINDS:
+    # By identity: a function of the task's own may be called `mean` and do something else.
+    kinds = {get_aggregation(kind): kind for kind in KINDS} | {get_aggregation("nanmean"): "mean"}
+    kind = kinds.get(aggregations[metric])
+    if kind is None:
+        name = getattr(aggregations[metric], "__name__", "a function of its own")
         raise FitnessError(
-            f'{where}.metric: "{metric}" is aggregated by {kind}, which has no value per document and so no '
+            f'{where}.metric: "{metric}" is aggregated by {name}, which has no value per document and so no '
             f"honest interval; choose a metric aggregated by one of {', '.join(KINDS)}"
         )
+    means = getattr(leaf.group, "aggregate_metric_list", None) or ()
+    alike = any(mean.metric == metric and not mean.weight_by_size for mean in means)
     return TaskRule(
         kind=kind,
-        weight=wanted.weight * size / share[1],
+        weight=wanted.weight * (1 / leaf.siblings if alike else leaf.size / leaf.total),
         higher_is_better=bool(task.higher_is_better().get(metric, True)),
         metric=metric,
         group=wanted.name,
     )
 
 
-def _split(
-    where: str, name: str, size: int, counts: DocumentCounts, share: tuple[int, int], seed: int
-) -> dict[str, tuple[int, ...]]:
+def _split(where: str, leaf: _Leaf, counts: DocumentCounts, seed: int) -> dict[str, tuple[int, ...]]:
     """Cut a task's documents into disjoint splits; a group's counts are shared out by size."""
-    before, total = share
-
-    def part(count: int) -> int:
-        return count * (before + size) // total - count * before // total
-
-    order = stream(seed, "split", name).permutation(size)
-    search, select = part(counts.search), part(counts.select)
-    test = size - search - select if counts.test == "rest" else part(counts.test)
+    size, grouped = leaf.size, leaf.total > leaf.size
+    order = stream(seed, "split", leaf.name).permutation(size)
+    search, select = leaf.part(counts.search), leaf.part(counts.select)
+    test = size - search - select if counts.test == "rest" else leaf.part(counts.test)
     if min(search, select, test) < 1 or search + select + test > size:
         wanted = f"{search} search + {select} select + {counts.test if counts.test == 'rest' else test} test"
+        share = f"its share of the counts is {wanted}" if grouped else f"{wanted} documents asked for"
+        few = grouped and search + select < size
         raise FitnessError(
-            f"{where}.documents: {wanted} documents asked for, but the task has {size} and each split needs "
-            "at least one; lower the counts"
+            f"{where}.documents: {share}, but the task has {size} documents and each split needs at least "
+            f"one; {'raise' if few else 'lower'} the counts"
         )
     cuts = {"search": (0, search), "select": (search, search + select)}
     cuts["test"] = (search + select, search + select + test)
     return {split: tuple(sorted(int(i) for i in order[a:b])) for split, (a, b) in cuts.items()}
+
+
+def _part(count: int, before: int, size: int, total: int) -> int:
+    """Return how many of `count` fall to the task that has `size` of `total` documents behind `before`."""
+    return count * (before + size) // total - count * before // total
 
 
 def trusted_code(settings: FitnessSettings, base_dir: Path) -> dict[str, str]:
@@ -232,12 +329,21 @@ def trusted_code(settings: FitnessSettings, base_dir: Path) -> dict[str, str]:
     return hashes
 
 
-def cache_templates() -> None:
-    """Let lm-eval compile each Jinja template once; it compiles them again for every document."""
+def adapt_templates() -> None:
+    """Let lm-eval compile each Jinja template once (it does so for every document), and run it in a sandbox.
+
+    Templates of task files are not covered by trust, and plain Jinja runs any Python.
+    """
+    from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import utils
 
-    if not hasattr(utils.env.from_string, "cache_info"):
-        utils.env.from_string = functools.lru_cache(maxsize=4096)(utils.env.from_string)
+    if not isinstance(utils.env, SandboxedEnvironment):
+        sandbox = SandboxedEnvironment(
+            loader=utils.env.loader, undefined=utils.env.undefined, keep_trailing_newline=True
+        )
+        sandbox.filters.update(utils.env.filters)
+        sandbox.from_string = functools.lru_cache(maxsize=4096)(sandbox.from_string)  # type: ignore[assignment]
+        utils.env = sandbox
 
 
 @contextlib.contextmanager
@@ -267,6 +373,8 @@ def _plain(data: Any) -> Any:
         return {str(key): _plain(value) for key, value in data.items()}
     if isinstance(data, Sequence) and not isinstance(data, str | bytes):
         return [_plain(value) for value in data]
+    if isinstance(data, set | frozenset):
+        return sorted(_plain(value) for value in data)
     if data is None or isinstance(data, str | bool | int):
         return data
     if isinstance(data, float):

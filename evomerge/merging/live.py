@@ -94,9 +94,7 @@ class LiveModel:
             )
         if info["missing_keys"]:
             missing = min(info["missing_keys"])
-            raise SourceError(
-                f"{self._reference.path}: lacks tensor {missing}, which its config calls for"
-            )
+            raise SourceError(f"{self._reference.path}: lacks tensor {missing}, which its config calls for")
         model.to(self.device).eval().requires_grad_(False)
         if (self._reference.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(self._reference.path)

@@ -29,7 +29,6 @@ def estimate(config: RunConfig, base_dir: Path) -> dict[str, Any]:
     """
     plan = Plan(config, base_dir)
     plan.scan_sources()
-    plan.optimizer()
     first = next(iter(plan.checkpoints.values()))
     source_bytes = sum(checkpoint.nbytes for checkpoint in plan.checkpoints.values())
     kept = PREPARED_BYTES.get(config.space.method, 0) * first.num_parameters * len(config.sources.models)

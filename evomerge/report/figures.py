@@ -1,7 +1,7 @@
 """The report's figures: SVG text, drawn with matplotlib, that takes its colours and font from the page.
 
-Every figure is drawn twice, for a desktop's and for a phone's width; the page shows one of the two. Text stays
-text, and each colour becomes a CSS variable, so that one drawing serves light and dark pages.
+Every figure is drawn twice, for a desktop's and for a phone's width; the page shows one of the two. Text
+stays text, and each colour becomes a CSS variable, so that one drawing serves light and dark pages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 COLOURS = {
-    **{"ink": "#1b2430", "soft": "#5a6675", "line": "#d3d9e0", "band": "#f2f4f7", "bad": "#b42330"},
+    **{
+        "page": "#ffffff",
+        "ink": "#1b2430",
+        "soft": "#5a6675",
+        "line": "#d3d9e0",
+        "band": "#f2f4f7",
+        "bad": "#b42330",
+    },
     **{"winner": "#c2410c", "s0": "#2161a6", "s1": "#2b7a4b", "s2": "#7546ad", "s3": "#0e7a87"},
     **{"s4": "#ab3275", "s5": "#756700", "s6": "#86583a", "s7": "#526075"},
 }
@@ -34,13 +41,13 @@ MOST_POINTS = 1500
 MOST_LINES = 10
 
 _RC: dict[str, Any] = {
-    **{"svg.fonttype": "none", "svg.image_inline": True, "text.parse_math": False, "font.size": 11},
+    **{"svg.fonttype": "none", "svg.image_inline": True, "text.parse_math": False},
     **{"axes.facecolor": "none", "figure.facecolor": "none", "axes.unicode_minus": True},
     **{"axes.edgecolor": COLOURS["line"], "axes.labelcolor": COLOURS["soft"], "text.color": COLOURS["ink"]},
     **{"xtick.color": COLOURS["line"], "xtick.labelcolor": COLOURS["soft"], "grid.color": COLOURS["line"]},
     **{"ytick.color": COLOURS["line"], "ytick.labelcolor": COLOURS["soft"], "grid.linewidth": 0.7},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True},
-    **{"xtick.major.size": 3, "ytick.major.size": 0, "axes.labelsize": 11, "axes.titlesize": 11},
+    **{"xtick.major.size": 3, "ytick.major.size": 0, "axes.titlesize": "medium"},
 }
 
 
@@ -105,7 +112,9 @@ class TaskRows:
 
 def clean(text: str) -> str:
     """Return the text without control, direction and surrogate characters; line ends stay."""
-    return "".join(c for c in text if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp"))
+    return "".join(
+        c for c in text if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    )
 
 
 def shortened(text: str, limit: int) -> str:
@@ -133,9 +142,9 @@ def progress(
 
     def paint(width: int) -> Figure:
         narrow = width < 500
-        right, height = (92, 300) if narrow else (150, 340)
-        figure, axes = _axes(width, height, left=44, right=right, top=12, bottom=40)
-        low, high = _frame([s for _, s in points], [s for _, s in baselines])
+        right, height = (96, 300) if narrow else (150, 350)
+        figure, axes = _axes(width, height, left=50, right=right, top=12, bottom=44)
+        low, high = frame([s for _, s in points], [s for _, s in baselines])
         last = max([2, *(n for n, _ in points), *failed, *([winner[0]] if winner else [])])
         axes.set(ylim=(low, high), xlim=(0.5 - last * 0.01, last * 1.01 + 0.5))
         axes.set(xlabel="evaluation", ylabel="search score")
@@ -154,7 +163,7 @@ def progress(
             axes.step(*_columns(_records(points, last)), where="post", color=COLOURS["winner"], lw=1.6)
         if winner:
             axes.plot(*winner, "*", ms=13, color=COLOURS["winner"], mec="none", clip_on=False, zorder=5)
-        _lines(axes, baselines, (low, high), height - 52, right - 12)
+        _lines(axes, baselines, (low, high), height - 56, right - 14)
         return figure
 
     return _both(paint, "progress", label)
@@ -170,18 +179,16 @@ def coefficients(panels: Sequence[Panel], label: str) -> Drawing:
         figure = Figure(figsize=(width / 72, rows * row_height / 72))
         for index, panel in enumerate(panels):
             row, column = divmod(index, columns)
-            axes = _cell(
-                figure, column * cell + 42, row * row_height + 26, cell - 54, row_height - 26 - 42
-            )
+            axes = _cell(figure, column * cell + 42, row * row_height + 26, cell - 54, row_height - 26 - 42)
             values = [v for p in panels if p.scale == panel.scale for _, line in p.lines for v in line]
             span = (max(values) - min(values)) or 1.0
             axes.set(ylim=(min(values) - 0.08 * span, max(values) + 0.08 * span))
-            axes.set_title(shortened(panel.title, int(cell / 6.5)), loc="left", fontweight="bold", pad=8)
+            axes.set_title(shortened(panel.title, int(cell / 7)), loc="left", fontweight="bold", pad=8)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
             axes.yaxis.set_major_locator(MaxNLocator(4))
             axes.set_xlabel("layer")
             for look, line in panel.lines:
-                every = max(1, round(len(line) / 12))
+                every = max(1, round(len(line) / 8))
                 marked = {"marker": look.marker, "ms": 4.5, "markevery": every, "mec": "none"}
                 axes.plot(range(len(line)), line, color=look.ink, lw=1.6, **marked)
         return figure
@@ -198,14 +205,14 @@ def tasks(groups: Sequence[TaskRows], label: str) -> Drawing:
         dense = sum(len(group.rows) for group in groups) > 12
         rows = [max(16.0, (4.6 if dense else 7.5) * _most(group) + 5) + title for group in groups]
         heights = [row * len(group.rows) for row, group in zip(rows, groups, strict=True)]
-        figure = Figure(figsize=(width / 72, (sum(heights) + 62 * len(groups)) / 72))
+        figure = Figure(figsize=(width / 72, (sum(heights) + 56 * len(groups)) / 72))
         names = [name for group in groups for name, _ in group.rows]
-        left = 14.0 if narrow else 24.0 + 6.4 * min(38, max(map(len, names)))
+        left = 14.0 if narrow else 24.0 + 7.0 * min(38, max(map(len, names)))
         top = 10.0
         for group, row, height in zip(groups, rows, heights, strict=True):
             axes = _cell(figure, left, top, width - left - 16, height)
             _task_panel(axes, group, row, title, int(width / 6.5) if narrow else 38)
-            top += height + 62
+            top += height + 56
         return figure
 
     return _both(paint, "tasks", label)
@@ -217,8 +224,8 @@ def gains(rows: Sequence[tuple[str, Estimate]], label: str) -> Drawing:
     def paint(width: int) -> Figure:
         narrow = width < 500
         row = 44 if narrow else 30
-        left = 14.0 if narrow else 30.0 + 6.6 * min(30, max(len(name) for name, _ in rows))
-        right = 14 if narrow else 170
+        left = 14.0 if narrow else 30.0 + 7.2 * min(30, max(len(name) for name, _ in rows))
+        right = 14 if narrow else 180
         figure, axes = _axes(width, len(rows) * row + 56, left=left, right=right, top=8, bottom=48)
         for index, (name, gain) in enumerate(rows):
             y = index + (0.72 if narrow else 0.5)
@@ -227,7 +234,7 @@ def gains(rows: Sequence[tuple[str, Estimate]], label: str) -> Drawing:
             _dot(axes, gain, y, colour, "o", size=7, line=2.0)
             text = shortened(name, 30)
             if narrow:
-                _at(axes, 0.0, index + 0.3, f"{text}  {amount(gain)}")
+                _at(axes, 0.0, index + 0.3, f"{text}  {amount(gain)}", boxed=True)
             else:
                 _at(axes, -0.02, y, text, ha="right")
                 _at(axes, 1.02, y, amount(gain))
@@ -246,7 +253,7 @@ def _task_panel(axes: Any, group: TaskRows, row: float, title: float, letters: i
     """Draw one axis of tasks; `row` is a row's height and `title` its part for the task's name."""
     for index, (name, estimates) in enumerate(group.rows):
         if index % 2 == 0:
-            axes.axhspan(index, index + 1, color=COLOURS["band"], lw=0)
+            axes.axhspan(index, index + 1, color=COLOURS["band"], lw=0, zorder=0)
         if title:
             _at(axes, 0.01, index + 0.5 * title / row, shortened(name, letters))
         else:
@@ -255,7 +262,9 @@ def _task_panel(axes: Any, group: TaskRows, row: float, title: float, letters: i
         for place, (look, estimate) in enumerate(estimates):
             y = index + title / row + 2.5 / row + free * (place + 0.5) / len(estimates)
             main = look.colour == "winner"
-            _dot(axes, estimate, y, look.ink, look.marker, size=6.5 if main else 4.6, line=1.7 if main else 0.9)
+            _dot(
+                axes, estimate, y, look.ink, look.marker, size=6.5 if main else 4.6, line=1.7 if main else 0.9
+            )
     found = [e for _, estimates in group.rows for _, e in estimates]
     ends = [v for e in found for v in (e.value, e.low, e.high) if v is not None]
     if min(ends) > 0 and max(ends) > 20 * min(ends):
@@ -286,8 +295,8 @@ def _lines(
     for (look, value), place in zip(shown, places, strict=True):
         axes.axhline(value, color=look.ink, lw=1.1, ls=(0, (5, 3)))
         axes.plot([1.0, 1.03], [value, place], transform=right, color=look.ink, lw=0.8, clip_on=False)
-        text = shortened(look.name, int(room / 6.6))
-        axes.text(1.04, place, text, transform=right, color=look.ink, va="center", fontsize=10.5)
+        text = shortened(look.name, int(room / 6.8))
+        axes.text(1.04, place, text, transform=right, color=look.ink, va="center")
 
 
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -302,8 +311,8 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
     return placed
 
 
-def _frame(scores: Sequence[float], baselines: Sequence[float]) -> tuple[float, float]:
-    """Return the ends of the score axis; the worst scores may lie below it."""
+def frame(scores: Sequence[float], baselines: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of the score axis: the baselines and all scores but those far below the rest."""
     if not scores and not baselines:
         return 0.0, 1.0
     ordered = sorted(scores)
@@ -343,8 +352,10 @@ def amount(gain: Estimate) -> str:
     return f"{gain.value:+.1f}{ends}".replace("-", "\u2212")
 
 
-def _at(axes: Any, x: float, y: float, text: str, ha: str = "left") -> None:
-    axes.text(x, y, text, transform=axes.get_yaxis_transform(), ha=ha, va="center")
+def _at(axes: Any, x: float, y: float, text: str, *, ha: str = "left", boxed: bool = False) -> None:
+    behind = {"facecolor": COLOURS["page"], "edgecolor": "none", "pad": 1.0}
+    where = axes.get_yaxis_transform()
+    axes.text(x, y, text, transform=where, ha=ha, va="center", bbox=behind if boxed else None)
 
 
 def _axes(
@@ -370,7 +381,11 @@ def _both(paint: Callable[[int], Figure], key: str, label: str) -> Drawing:
 def _svg(paint: Callable[[int], Figure], width: int, key: str, label: str) -> str:
     """Return a drawing as an SVG element to be put in a page."""
     buffer = io.StringIO()
-    with style.context(["default", {**_RC, "svg.hashsalt": key}]), warnings.catch_warnings():
+    size = 11 if width < 500 else 12
+    with (
+        style.context(["default", {**_RC, "svg.hashsalt": key, "font.size": size}]),
+        warnings.catch_warnings(),
+    ):
         # Letters that matplotlib's font lacks are drawn by the reader's browser.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         FigureCanvasSVG(paint(width)).print_svg(buffer, metadata={"Date": None})

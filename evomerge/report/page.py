@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import time
@@ -78,7 +79,7 @@ def render(run: RunView) -> str:
         lstrip_blocks=True,
         finalize=lambda value: figures.clean(value) if type(value) is str else value,
     )
-    environment.filters.update(number=_number, interval=_interval, length=_length, moment=_moment)
+    environment.filters.update(number=_number, interval=_interval, length_of=_length, moment=_moment)
     return environment.from_string(_TEMPLATE.read_text("utf-8")).render(_context(Summary(run)))
 
 
@@ -86,7 +87,9 @@ def _context(summary: Summary) -> dict[str, Any]:
     run, data = summary.run, summary.to_json()
     best = data["best"]
     models = [*([best] if best else []), *data["baselines"]]
-    looks = {row["candidate"]: _look(row["name"], place - len(models[:1])) for place, row in enumerate(models)}
+    looks = {
+        row["candidate"]: _look(row["name"], place - len(models[:1])) for place, row in enumerate(models)
+    }
     if best:
         looks[best["candidate"]] = Look("winner" if summary.chosen else "best so far", "winner", "o")
     recipe = _recipe(summary)
@@ -99,17 +102,20 @@ def _context(summary: Summary) -> dict[str, Any]:
         "looks": looks,
         "progress": _progress(summary, looks),
         "recipe": recipe,
+        "recipe_text": recipe.to_yaml() if recipe else json.dumps(best["recipe"], indent=2) if best else "",
         "coefficients": _coefficients(recipe, int(run.facts.get("layers") or 0), looks),
         "task_scores": _tasks(summary, models, looks),
         "gain_drawing": _gains(data["gains"]),
         "reasons": _reasons(summary),
+        "most_reasons": MOST_REASONS,
         "times": _times(summary),
         "documents": _documents(summary),
         "drift": [line for e in events if e.kind == "drift_accepted" for line in e.data.get("changes", [])],
         "sessions": sum(event.kind == "started" for event in events),
         "ended": [str(e.data.get("reason", "")) for e in events if e.kind == "optimizer_finished"],
         "facts": run.facts,
-        "config": run.config,
+        "optimizer": (run.config.get("optimizer") or {}).get("name"),
+        "seed": run.config.get("seed", 0),
     }
 
 
@@ -132,7 +138,7 @@ def _verdict(summary: Summary, data: Mapping[str, Any]) -> str:
         first = data["gains"][0]
         return (
             f"On test the winner scores {100 * first['mean']:+.1f} points against the best baseline, "
-            f"{first['over']}; the fitness returns one number per task, so how much of it is chance is unknown."
+            f"{first['over']}; with one number per task, how much of it is chance is unknown."
         )
     if data["best"]["test"] is not None and not data["gains"]:
         return "The winner was measured on the test documents, but there is no baseline to compare it with."
@@ -151,17 +157,16 @@ def _recipe(summary: Summary) -> Recipe | None:
 
 
 def _progress(summary: Summary, looks: Mapping[int, Look]) -> dict[str, Any] | None:
+    """Return the figure of the search and what its caption says; None before the first score."""
     asked = [(c.number, (c.index or 0) + 1, o.score) for c, o in summary.progress()]
     points = [(place, score) for _, place, score in asked if score is not None]
     failed = [place for _, place, score in asked if score is None]
-    baselines = [
-        (look, summary.search[n]) for n, look in looks.items() if n != summary.best and n in summary.search
-    ]
+    best = summary.best
+    baselines = [(look, summary.search[n]) for n, look in looks.items() if n != best and n in summary.search]
     if not asked and not baselines:
         return None
-    best = summary.best
     winner = None
-    if best is not None:
+    if best in summary.search:
         place = next((place for number, place, _ in asked if number == best), len(asked) + 1)
         winner = (place, summary.search[best])
     label = f"Search scores of {len(points)} candidates in the order of evaluation; {len(failed)} have none."
@@ -169,10 +174,15 @@ def _progress(summary: Summary, looks: Mapping[int, Look]) -> dict[str, Any] | N
         top = max(points, key=lambda point: point[1])
         label += f" The best is {top[1]:.3f} at evaluation {top[0]}."
     label += "".join(f" {look.name}: {score:.3f}." for look, score in baselines)
-    drawing = figures.progress(points, failed, baselines, winner, label)
+    low, _ = figures.frame([s for _, s in points], [s for _, s in baselines])
     return {
-        **{"drawing": drawing, "drawn": min(len(points), figures.MOST_POINTS), "points": len(points)},
-        **{"failed": len(failed), "hidden": max(0, len(baselines) - figures.MOST_LINES)},
+        "drawing": figures.progress(points, failed, baselines, winner, label),
+        "points": len(points),
+        "thinned": len(points) > figures.MOST_POINTS,
+        "below": sum(score < low for _, score in points),
+        "failed": len(failed),
+        "hidden": max(0, len(baselines) - figures.MOST_LINES),
+        "winner": winner is not None,
         "mean": best is not None and summary.candidates[best].origin == "mean",
     }
 
@@ -234,11 +244,16 @@ def _panels_in_words(panels: Sequence[figures.Panel]) -> str:
 # Figure 3: tasks. Figure 4: gains.
 
 
-def _tasks(summary: Summary, models: Sequence[Mapping[str, Any]], looks: Mapping[int, Look]) -> dict[str, Any]:
+def _tasks(
+    summary: Summary, models: Sequence[Mapping[str, Any]], looks: Mapping[int, Look]
+) -> dict[str, Any]:
     """Return a figure of scores by task on the best documents there are, and what it is drawn from."""
     split = next((s for s in ("test", "select") if models and models[0][s]), "search")
-    scores = {m["candidate"]: m[split] if split != "search" else _on_search(summary, m) for m in models}
-    scores = {number: found for number, found in scores.items() if found}
+    scores: dict[int, Mapping[str, Any]] = {}
+    for model in models:
+        found = _on_search(summary, model["candidate"]) if split == "search" else model[split]
+        if found:
+            scores[model["candidate"]] = found
     rules = summary.rules
     names = list(dict.fromkeys(task for found in scores.values() for task in found["tasks"]))
     rows: dict[str, list[tuple[Look, Estimate]]] = {}
@@ -246,7 +261,9 @@ def _tasks(summary: Summary, models: Sequence[Mapping[str, Any]], looks: Mapping
         rows[OVERALL] = [(looks[n], _estimate(found)) for n, found in scores.items()]
     for name in names:
         rows[name] = [
-            (looks[n], _estimate(found["tasks"][name])) for n, found in scores.items() if name in found["tasks"]
+            (looks[n], _estimate(found["tasks"][name]))
+            for n, found in scores.items()
+            if name in found["tasks"]
         ]
     groups: dict[str, list[tuple[str, list[tuple[Look, Estimate]]]]] = {}
     for name, row in rows.items():
@@ -267,9 +284,8 @@ def _tasks(summary: Summary, models: Sequence[Mapping[str, Any]], looks: Mapping
     }
 
 
-def _on_search(summary: Summary, model: Mapping[str, Any]) -> dict[str, Any] | None:
+def _on_search(summary: Summary, number: int) -> dict[str, Any] | None:
     """Return the scores on all search documents, or on the draw of the candidate's generation."""
-    number = model["candidate"]
     draw = f"search@{summary.candidates[number].generation}"
     return summary.scores(number, "search") or summary.scores(number, draw)
 
@@ -356,7 +372,7 @@ def _documents(summary: Summary) -> dict[str, Any]:
 def _number(value: Any) -> str:
     """Return a number with three decimals, a switch or choice as it is, a dash for nothing."""
     if value is None:
-        return "–"
+        return "\u2013"
     if isinstance(value, bool | str):
         return str(value).lower()
     if isinstance(value, tuple):

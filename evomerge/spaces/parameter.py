@@ -13,7 +13,7 @@ from typing import Any
 
 from evomerge.catalogue import Parameter, method_named
 from evomerge.errors import ConfigError, nearest
-from evomerge.recipe import Recipe, Rule, Scalar, Setting, SourceRef, parse_recipe, value_at
+from evomerge.recipe import Recipe, RecipeSource, Rule, Scalar, Setting, SourceRef, parse_recipe, value_at
 from evomerge.records import Genome, Place, Role
 from evomerge.spaces.dimensions import Dimension, check_genome
 from evomerge.spaces.settings import ROLES, Granularity, SpaceSettings, Span
@@ -56,10 +56,12 @@ class Gene:
         """Return the parameter's value for a gene in its coding."""
         if self.span.choices:
             return self.span.choices[int(gene)]
-        low, high = float(self.span.low or 0.0), float(self.span.high or 0.0)
+        low, high = self._bounds
         if self.span.log:
-            return float(low * (high / low) ** gene)
-        return low + (high - low) * gene
+            value = math.exp((1.0 - gene) * math.log(low) + gene * math.log(high))
+        else:
+            value = (1.0 - gene) * low + gene * high
+        return min(max(value, low), high)
 
     def gene(self, value: Scalar) -> float:
         """Return the gene whose value is nearest to `value`."""
@@ -70,11 +72,17 @@ class Gene:
                 return 0.0
             numbers = [float(choice) for choice in self.span.choices]
             return float(min(range(len(numbers)), key=lambda i: abs(numbers[i] - float(value))))
-        low, high, number = float(self.span.low or 0.0), float(self.span.high or 0.0), float(value)
-        number = min(max(number, low), high)
+        low, high = self._bounds
+        number = min(max(float(value), low), high)
         if self.span.log:
-            return math.log(number / low) / math.log(high / low)
-        return (number - low) / (high - low)
+            gene = (math.log(number) - math.log(low)) / (math.log(high) - math.log(low))
+        else:
+            gene = (number - low) / (high - low)
+        return min(max(gene, 0.0), 1.0)
+
+    @property
+    def _bounds(self) -> tuple[float, float]:
+        return float(self.span.low or 0.0), float(self.span.high or 0.0)
 
 
 class ParameterSpace:
@@ -103,6 +111,7 @@ class ParameterSpace:
         self._places = tuple(places)
         self._layers = num_layers
         self._groups = self._find_groups()
+        self._check_reachable()
         self.genes: tuple[Gene, ...] = tuple(self._find_genes())
         if not self.genes:
             raise ConfigError("space.parameters: nothing is free; give at least one a range")
@@ -130,6 +139,9 @@ class ParameterSpace:
             if group.match:
                 rule["match"] = group.match
             free.setdefault((parameter, source), []).append(rule)
+        for rules in free.values():
+            # No tensor is left behind the last group, so that its rule may as well hold for all the rest.
+            rules[-1] = {"value": rules[-1]["value"]}
         return self._recipe(free, seed)
 
     def encode(self, recipe: Recipe) -> tuple[Genome, bool]:
@@ -138,11 +150,9 @@ class ParameterSpace:
         Raises:
             ConfigError: The recipe is of another method, or of other sources.
         """
-        names = {ref.identity for ref in recipe.refs}
-        wanted = {ref.identity for ref in ((self._base,) if self._base else ()) + self._sources}
-        if recipe.method != self.method.name or names != wanted:
-            raise ConfigError(f"a recipe of {recipe.method} over other sources does not lie in this space")
-        of_source = {source.identity: source for source in recipe.sources}
+        if recipe.method != self.method.name:
+            raise ConfigError(f"a recipe of {recipe.method} does not lie in a space of {self.method.name}")
+        theirs = self._matched(recipe)
         genome = []
         for gene in self.genes:
             if gene.parameter == "seed":
@@ -150,10 +160,34 @@ class ParameterSpace:
                 continue
             settings = recipe.parameters
             if gene.source is not None:
-                settings = of_source[self._sources[gene.source].identity].parameters
+                settings = theirs[gene.source].parameters
             genome.append(gene.gene(value_at(settings[gene.parameter], self._place_of(gene))))
         decoded = self.decode(tuple(genome))
-        return tuple(genome), self._same(decoded, recipe)
+        pairs = [(decoded.parameters, recipe.parameters)]
+        pairs += [
+            (ours.parameters, their.parameters) for ours, their in zip(decoded.sources, theirs, strict=True)
+        ]
+        seeds = decoded.seed == recipe.seed or not self.method.random
+        return tuple(genome), seeds and all(self._same(a[name], b[name]) for a, b in pairs for name in a)
+
+    def _matched(self, recipe: Recipe) -> list[RecipeSource]:
+        """Return the recipe's sources in the order of the space's own, matched by content, then by name."""
+        ordered = self.method.max_sources is not None
+        left = list(recipe.sources)
+        found = []
+        for ref in self._sources:
+            alike = [source for source in left if source.identity == ref.identity]
+            if not alike or (ordered and alike[0] is not left[0]):
+                break
+            found.append(next((source for source in alike if source.name == ref.name), alike[0]))
+            left.remove(found[-1])
+        bases = [ref.identity if ref else None for ref in (self._base, recipe.base)]
+        if left or len(found) < len(self._sources) or bases[0] != bases[1]:
+            order = ", or in another order," if ordered else ""
+            raise ConfigError(
+                f"a recipe of {recipe.method} over other sources{order} does not lie in this space"
+            )
+        return found
 
     def centre(self) -> Genome:
         """Return the middle of every dimension."""
@@ -196,6 +230,14 @@ class ParameterSpace:
             groups.append(group)
         return groups
 
+    def _check_reachable(self) -> None:
+        for group, tensors in _shared_out(self._groups, self._places).items():
+            if not tensors:
+                raise ConfigError(
+                    f'space.split: every tensor of "{group.label}" belongs to a name before it; '
+                    "put the narrower one first"
+                )
+
     def _groups_for(self, granularity: Granularity) -> list[Group]:
         groups = list(self._groups)
         if granularity.layers is not None:
@@ -203,9 +245,8 @@ class ParameterSpace:
             taken = {group.role for group in groups}
             ends: tuple[Role, ...] = ("embedding", "head")
             groups += [Group(role=role) for role in ends if role in roles - taken]
-        rules = [Rule(role=g.role, match=g.match, value=0.0) for g in groups]
-        rest = any(not any(rule.applies(place) for rule in rules) for place in self._places)
-        return [*groups, *([Group()] if rest else [])]
+        shared = _shared_out([*groups, Group()], self._places)
+        return [group for group in (*groups, Group()) if shared[group]]
 
     def _find_genes(self) -> list[Gene]:
         genes = []
@@ -220,18 +261,20 @@ class ParameterSpace:
                 genes += [Gene(parameter.name, owner, Group(), 0, span) for owner in owners]
                 continue
             for owner in owners:
-                for group in self._groups_for(granularity):
-                    for position in range(self._positions(granularity, group, span)):
+                shared = _shared_out(self._groups_for(granularity), self._places)
+                for group, tensors in shared.items():
+                    for position in range(self._positions(granularity, tensors, span)):
                         genes.append(Gene(parameter.name, owner, group, position, span))
         if not isinstance(self.settings.seed, int):
             seeds = Span(choices=tuple(float(i) for i in range(self.settings.seed.count)))
             genes.append(Gene("seed", None, Group(), 0, seeds))
         return genes
 
-    def _positions(self, granularity: Granularity, group: Group, span: Span) -> int:
+    def _positions(self, granularity: Granularity, tensors: list[Place], span: Span) -> int:
         """Return how many genes a group has: one where all its tensors lie at one depth or choose."""
-        depths = {place.depth for place in self._places if place.role == group.role}
-        if len(depths) == 1 or (span.choices and isinstance(span.choices[0], bool | str)):
+        if len({place.depth for place in tensors}) == 1 or (
+            span.choices and isinstance(span.choices[0], bool | str)
+        ):
             return 1
         if granularity.layers is None:
             return granularity.anchors or 1
@@ -249,7 +292,8 @@ class ParameterSpace:
 
     def _bounded(self, span: Span, parameter: Parameter) -> Span:
         if span.choices:
-            return span
+            ordered = not isinstance(span.choices[0], bool | str)
+            return span.model_copy(update={"choices": tuple(sorted(span.choices))}) if ordered else span
         low = parameter.low if span.low is None else span.low
         high = parameter.high if span.high is None else span.high
         where = f"space.parameters.{parameter.name}"
@@ -286,26 +330,27 @@ class ParameterSpace:
         span = gene.span.granularity or self.settings.granularity
         if span.layers is not None and len(siblings) > 1:
             depth = min(gene.position * span.layers / max(self._layers - 1, 1), 1.0)
-        rules = [(g, Rule(role=g.role, match=g.match, value=0.0)) for g in self._groups_for(span)]
+        shared = _shared_out(self._groups_for(span), self._places)
+        place = shared.get(gene.group, self._places)[0]
+        return Place(place.name, place.role, place.layer, depth)
+
+    def _same(self, one: Setting, other: Setting) -> bool:
         for place in self._places:
-            first = next((group for group, rule in rules if rule.applies(place)), None)
-            if first == gene.group:
-                return Place(place.name, place.role, place.layer, depth)
-        return Place("", "other", None, depth)
-
-    def _same(self, one: Recipe, other: Recipe) -> bool:
-        def near(a: Setting, b: Setting) -> bool:
-            for place in self._places:
-                x, y = value_at(a, place), value_at(b, place)
-                if isinstance(x, bool | str) or isinstance(y, bool | str):
-                    if x != y:
-                        return False
-                elif abs(x - y) > TOLERANCE:
+            x, y = value_at(one, place), value_at(other, place)
+            if isinstance(x, bool | str) or isinstance(y, bool | str):
+                if x != y:
                     return False
-            return True
+            elif abs(x - y) > TOLERANCE:
+                return False
+        return True
 
-        theirs = {source.identity: source for source in other.sources}
-        pairs = [(one.parameters, other.parameters)]
-        pairs += [(source.parameters, theirs[source.identity].parameters) for source in one.sources]
-        seeds = one.seed == other.seed or not self.method.random
-        return seeds and all(near(a[name], b[name]) for a, b in pairs for name in a)
+
+def _shared_out(groups: Sequence[Group], places: Sequence[Place]) -> dict[Group, list[Place]]:
+    """Return the tensors of each group: a tensor belongs to the first group that applies to it."""
+    rules = [(group, Rule(role=group.role, match=group.match, value=0.0)) for group in groups]
+    shared: dict[Group, list[Place]] = {group: [] for group in groups}
+    for place in places:
+        first = next((group for group, rule in rules if rule.applies(place)), None)
+        if first is not None:
+            shared[first].append(place)
+    return shared

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from evomerge.catalogue import Parameter, method_named
 from evomerge.errors import RecipeError
-from evomerge.recipe import Dtype, Scalar
+from evomerge.recipe import Dtype, Scalar, check_value
 from evomerge.records import Role
 from evomerge.strict import StrictModel
 
@@ -102,7 +102,7 @@ class SpaceSettings(StrictModel):
     parameters: dict[str, Scalar | Span] = Field(default_factory=dict)
     granularity: Granularity = Granularity(anchors=1)
     split: tuple[str, ...] = ()
-    seed: int | SeedSpan = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | SeedSpan = 0
     dtype: Dtype | None = None
     tokenizer: str | None = None
 
@@ -117,10 +117,17 @@ class SpaceSettings(StrictModel):
     def _check(self) -> Self:
         try:
             method = method_named(self.method)
-            for name, span in self.parameters.items():
-                _check_span(name, span, method.parameter(name))
         except RecipeError as problem:
-            raise ValueError(str(problem)) from None
+            raise ValueError(f"method: {problem}") from None
+        for name, span in self.parameters.items():
+            try:
+                parameter = method.parameter(name)
+            except RecipeError as problem:
+                raise ValueError(f"parameters: {problem}") from None
+            try:
+                _check_span(name, span, parameter)
+            except RecipeError as problem:
+                raise ValueError(str(problem)) from None
         if isinstance(self.seed, SeedSpan) and not method.random:
             raise ValueError(f"seed: method {method.name} draws nothing at random")
         return self
@@ -130,11 +137,7 @@ class SpaceSettings(StrictModel):
         given = self.parameters.get(parameter.name)
         if given is None:
             return Span() if parameter.name in ("weight", "t") else _default(parameter)
-        return (
-            Span()
-            if given == "free" and not parameter.choices
-            else (Span(choices=parameter.choices) if given == "free" else given)
-        )
+        return Span(choices=parameter.choices) if given == "free" else given
 
 
 def _default(parameter: Parameter) -> Scalar:
@@ -143,20 +146,20 @@ def _default(parameter: Parameter) -> Scalar:
     return parameter.default
 
 
-def _check_span(name: str, span: Any, parameter: Parameter) -> None:
-    if not isinstance(span, Span):
-        return
+def _check_span(name: str, span: Scalar | Span, parameter: Parameter) -> None:
     where = f"parameters.{name}"
+    if not isinstance(span, Span):
+        if isinstance(span, str) and span != "free" and not parameter.choices:
+            raise RecipeError(f'{where}: expected a number, free, {{low, high}} or {{choices}}, got "{span}"')
+        if span != "free":
+            check_value(span, parameter, where)
+        return
     for value in span.choices:
-        if parameter.choices and value not in parameter.choices:
-            raise RecipeError(f"{where}.choices: expected some of {list(parameter.choices)}, got {value!r}")
-        if not parameter.choices and isinstance(value, bool | str):
-            raise RecipeError(f"{where}.choices: expected numbers, got {value!r}")
+        check_value(value, parameter, f"{where}.choices")
     if parameter.choices and not span.choices:
         raise RecipeError(f"{where}: a switch or choice has no range; write free or choices")
     if span.granularity and not parameter.per_tensor:
         raise RecipeError(f"{where}.granularity: one value holds for all tensors")
-    low, high = parameter.valid_low, parameter.valid_high
     for end, bound in (("low", span.low), ("high", span.high)):
-        if bound is not None and ((low is not None and bound < low) or (high is not None and bound > high)):
-            raise RecipeError(f"{where}.{end}: expected {low} to {high}, got {bound}")
+        if bound is not None:
+            check_value(bound, parameter, f"{where}.{end}")

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from evomerge.errors import UserError
@@ -26,6 +27,11 @@ START_SECONDS = 600.0
 """Longest time for a worker to load its sources before it counts as hanging."""
 
 START_ATTEMPTS = 3
+
+FOLDERS = Path("/tmp")  # noqa: S108
+"""Where our own Ray keeps its sockets, whose paths may have at most 107 characters."""
+
+FOLDER_PREFIX = "evomerge-ray-"
 
 GROW_SECONDS = 0.5
 """Least time between looks at whether the cluster has room for more workers."""
@@ -281,6 +287,14 @@ class _Actor:
         """Build and score one candidate."""
         outcome: Outcome = self._worker.run(job)
         return outcome
+
+
+def _sweep() -> None:
+    """Remove what drivers that were killed left behind."""
+    for folder in FOLDERS.glob(f"{FOLDER_PREFIX}*-*"):
+        pid = folder.name.removeprefix(FOLDER_PREFIX).partition("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _first_line(problem: BaseException) -> str:

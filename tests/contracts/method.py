@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -151,7 +151,7 @@ class MethodContract:
     def prepared(self, case: Case) -> Any:
         return KERNELS[self.name].prepare(Sources(case.base, case.tensors, case.keys), case.seed)
 
-    def settings(
+    def parameters(
         self, method: Mapping[str, Scalar], sources: Sequence[Mapping[str, Scalar]]
     ) -> dict[str, Any]:
         """Return both scopes' parameters, those left out at their default, as arguments of `Case`."""
@@ -177,7 +177,7 @@ class MethodContract:
         """Return a case from nested lists or tensors; `parameters` are those of the sources."""
         tensors = tuple(torch.as_tensor(source).to(dtype) for source in sources)
         start = torch.as_tensor(base).to(dtype) if CATALOGUE[self.name].needs_base else None
-        return Case(start, tensors, **self.settings(method, parameters or [{} for _ in sources]), seed=seed)
+        return Case(start, tensors, **self.parameters(method, parameters or [{} for _ in sources]), seed=seed)
 
     def random_case(
         self,
@@ -216,7 +216,7 @@ class MethodContract:
 
     # -- the promises --------------------------------------------------------------------------------------
 
-    @settings(max_examples=120, deadline=None)
+    @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
     @given(data=st.data())
     def test_result_is_that_of_the_published_formula_in_float64(self, data: st.DataObject) -> None:
         case, out = self._drawn(data)
@@ -267,7 +267,9 @@ class MethodContract:
     def test_identical_sources_give_the_source(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         case = self.random_case(shape, dtype=dtype, seed=1)
         method, sources = self.averaging(len(case.tensors))
-        same = replace(case, tensors=(case.tensors[0],) * len(case.tensors), **self.settings(method, sources))
+        same = replace(
+            case, tensors=(case.tensors[0],) * len(case.tensors), **self.parameters(method, sources)
+        )
         if dtype == torch.float32:
             torch.testing.assert_close(self.merged(same), case.tensors[0], rtol=1e-6, atol=1e-6)
         else:
@@ -279,7 +281,7 @@ class MethodContract:
         case = self.random_case((70_001,), dtype=dtype, seed=2)
         count = len(case.tensors)
         method, sources = self.selecting(index % count, count)
-        result = self.merged(replace(case, **self.settings(method, sources)))
+        result = self.merged(replace(case, **self.parameters(method, sources)))
         if self.bit_equal_selection:
             assert same_bits(result, case.tensors[index])
         else:
@@ -334,13 +336,12 @@ class MethodContract:
         monkeypatch.setattr(base, "BLOCK_ELEMENTS", 13)
         assert same_bits(self.merged(cases[0]), whole[0])
 
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_number_of_threads_changes_no_bit(self, dtype: torch.dtype) -> None:
-        case = self.random_case((3, 100_003), dtype=dtype, seed=10)
+    def test_number_of_threads_changes_no_bit(self) -> None:
+        case = self.random_case((100_003,), dtype=torch.bfloat16, seed=10)
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(self.merged(case))
+            results.append(self.merged(case, torch.float32))
         assert same_bits(results[0], results[1])
         assert same_bits(results[0], results[2])
 

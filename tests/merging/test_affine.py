@@ -31,6 +31,8 @@ def weighted(*weights: float) -> list[dict[str, Scalar]]:
 
 
 class TestLinear(MethodContract):
+    """Weighted averages."""
+
     name = "linear"
 
     def expected(self, case: Case) -> Expected:
@@ -76,6 +78,8 @@ class TestLinear(MethodContract):
 
 
 class TestTaskArithmetic(DeltaContract):
+    """Base plus weighted deltas."""
+
     name = "task_arithmetic"
 
     def expected(self, case: Case) -> Expected:
@@ -110,6 +114,8 @@ class TestTaskArithmetic(DeltaContract):
 
 
 class TestSlerp(MethodContract):
+    """Great circles between two tensors."""
+
     name = "slerp"
 
     def expected(self, case: Case) -> Expected:

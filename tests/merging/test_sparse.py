@@ -36,6 +36,8 @@ def largest(delta: Array, count: int) -> Array:
 
 
 class TestTies(ThinningContract):
+    """Trim, elect, merge."""
+
     name = "ties"
 
     def expected(self, case: Case) -> Expected:
@@ -130,6 +132,8 @@ class TestTies(ThinningContract):
 
 
 class DareContract(ThinningContract):
+    """What both forms of DARE promise; `votes` tells them apart."""
+
     votes: bool
 
     def expected(self, case: Case) -> Expected:
@@ -243,6 +247,8 @@ def mask_of(seed: int, key: str, count: int, density: float) -> npt.NDArray[np.b
 
 
 class TestDareLinear(DareContract):
+    """DARE, then a weighted sum."""
+
     name = "dare_linear"
     votes = False
 
@@ -258,6 +264,8 @@ class TestDareLinear(DareContract):
 
 
 class TestDareTies(DareContract):
+    """DARE, then the sign election."""
+
     name = "dare_ties"
     votes = True
 
