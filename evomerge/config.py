@@ -6,17 +6,18 @@ Also reads the configs of `mergekit-evolve` (`genome:` and `tasks:`), see `evome
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.fitness.settings import FitnessSettings
 from evomerge.mergekit import is_evolve_config, read_evolve_config
-from evomerge.optimizers import settings_of
+from evomerge.optimizers import SETTINGS, settings_of
 from evomerge.recipe import SourceRef
 from evomerge.spaces.settings import SpaceSettings
 from evomerge.strict import StrictModel, parse_yaml, read_yaml, validated
@@ -241,14 +242,55 @@ def overridden(data: dict[str, Any], override: str) -> dict[str, Any]:
     return result
 
 
+SHORT_FORMS: dict[str, dict[str, Any]] = {
+    "SourceRef": {"type": "string", "description": "A local directory or hub id."},
+    "TaskSettings": {"type": "string", "description": "The name of a task."},
+    "Granularity": {"enum": ["model", "layer"]},
+}
+"""What a config may say in place of a mapping."""
+
+
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of the config file, for editors."""
     schema = RunConfig.model_json_schema(by_alias=True)
+    models: dict[str, type[BaseModel]] = {model.__name__: model for model in _models_in(RunConfig)}
+    for name, definition in [("RunConfig", schema), *schema["$defs"].items()]:
+        _describe(definition, inspect.getdoc(models[name]) or "")
+    optimizer = schema["$defs"]["OptimizerSettings"]
+    optimizer["properties"]["name"]["enum"] = list(SETTINGS)
+    for settings in SETTINGS.values():
+        for field in dataclasses.fields(settings):
+            optimizer["properties"].setdefault(field.name, {"description": field.metadata["doc"]})
+    # A source is named after the last part of its path where it has no name, a config after its file.
+    schema["$defs"]["SourceRef"]["required"].remove("name")
+    schema["required"].remove("name")
+    for name, short in SHORT_FORMS.items():
+        schema["$defs"][name] = {"anyOf": [short, schema["$defs"][name]]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "evomerge run config",
         **schema,
+        "title": "evomerge run config",
     }
+
+
+def _models_in(model: type[BaseModel]) -> set[type[BaseModel]]:
+    """Return a model and those of its fields, at any depth."""
+    found = {model}
+    left: list[Any] = [field.annotation for field in model.model_fields.values()]
+    while left:
+        hint = left.pop()
+        left += get_args(hint)
+        if isinstance(hint, type) and issubclass(hint, BaseModel):
+            found |= _models_in(hint)
+    return found
+
+
+def _describe(definition: dict[str, Any], doc: str) -> None:
+    """Describe a model and its fields by its docstring's first paragraph and its `Attributes:`."""
+    summary, _, attributes = doc.partition("Attributes:")
+    definition["description"] = " ".join(summary.split())
+    for name, text in re.findall(r"^    (\w+): (.*(?:\n     .*)*)", attributes, re.MULTILINE):
+        definition["properties"][name]["description"] = " ".join(text.split())
 
 
 def _kind(data: Any) -> Literal["nothing", "a list", "a text", "a value"]:

@@ -25,7 +25,7 @@ from evomerge.recipe import (
     value_at,
 )
 from evomerge.records import Place, Role
-from evomerge.strict import read_text, read_yaml
+from evomerge.strict import read_yaml
 
 IGNORED = frozenset({"int8_mask"})
 """Parameters that change how mergekit computes, not what."""
@@ -96,6 +96,8 @@ def from_mergekit(data: Mapping[str, Any], where: str) -> Recipe:
     shared = _parameters(data.get("parameters") or {}, method, f"{where}: parameters")
     for name, rules in sliced.items():
         shared[name] = _followed(rules, shared.get(name))
+    if method.startswith("dare"):
+        shared.setdefault("rescale", [{"value": "l1"}])
     if not needs_base and base_key is not None and base_key not in [key for key, _ in models]:
         # mergekit merges a base that is not listed like any other model.
         if method != "slerp" and "weight" not in shared:
@@ -185,25 +187,29 @@ def _check_range(entry: Mapping[str, Any], where: str) -> None:
 
 
 def _layer_count(path: str, revision: str | None) -> int | None:
-    """Return the number of layers of a local or downloaded checkpoint; None if it is neither."""
-    file = Path(path) / "config.json"
-    if not file.is_file():
+    """Return the number of layers of a checkpoint that is on this machine; None if it is not."""
+    config = _model_config(path, revision)
+    config = config.get("text_config") or config
+    return next((config[key] for key in LAYER_COUNTS if isinstance(config.get(key), int)), None)
+
+
+def _model_config(path: str, revision: str | None) -> dict[str, Any]:
+    """Return the config of a local or downloaded checkpoint; empty if it is neither, or broken."""
+    file: Path | str | None = Path(path) / "config.json"
+    if not Path(path).is_dir():
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
         try:
             cached = try_to_load_from_cache(path, "config.json", revision=revision)
         except HFValidationError:
-            return None
-        if not isinstance(cached, str):
-            return None
-        file = Path(cached)
+            return {}
+        file = cached if isinstance(cached, str) else None
     try:
-        config = json.loads(read_text(file, RecipeError))
-    except ValueError:
-        return None
-    config = config.get("text_config") or config
-    return next((config[key] for key in LAYER_COUNTS if isinstance(config.get(key), int)), None)
+        config = json.loads(Path(file).read_bytes()) if file else {}
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _model_key(model: Any, where: str) -> tuple[str, str | None]:
@@ -337,10 +343,12 @@ def to_mergekit(recipe: Recipe, layout: FilterSource) -> dict[str, Any]:
         for model in models:
             del model["parameters"]
     config["parameters"] = shared
-    if recipe.dtype:
+    known = _model_config(recipe.reference.path, recipe.reference.revision)
+    dtype = recipe.dtype or known.get("dtype") or known.get("torch_dtype")
+    if dtype:
         # mergekit works in `dtype`; float32 there and the recipe's dtype for the output is what is done here.
         config["dtype"] = "float32"
-        config["out_dtype"] = recipe.dtype
+        config["out_dtype"] = dtype
     if recipe.tokenizer and recipe.tokenizer != recipe.reference.name:
         ref = next(ref for ref in recipe.refs if ref.name == recipe.tokenizer)
         config["tokenizer_source"] = _written(ref.path, ref.revision)
@@ -398,7 +406,8 @@ def _rules_written(setting: Setting, layout: FilterSource) -> list[dict[str, Any
         elif rule.role is None:
             written.append({"filter": rule.match, "value": value})
         elif rule.match is None:
-            written += [{"filter": part, "value": value} for part in layout.filters(rule.role)]
+            parts = layout.filters(rule.role)
+            written += [{"filter": part, "value": _plain_value(rule.value)} for part in parts]
     return written
 
 

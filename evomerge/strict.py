@@ -64,7 +64,7 @@ class _Resolver(yaml.resolver.Resolver):
     """Tells numbers as YAML 1.2 does, true, false and null as YAML 1.1 does, and texts for the rest."""
 
     def resolve(self, kind: type[yaml.Node], value: str | None, implicit: Any) -> str:
-        tag: str = super().resolve(kind, value, implicit)
+        tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
         if kind is not yaml.ScalarNode or value is None or not implicit[0]:
             return tag
         if tag in (_TAG + "bool", _TAG + "null"):
@@ -76,7 +76,18 @@ class _Resolver(yaml.resolver.Resolver):
 
 
 class _Dumper(_Resolver, yaml.SafeDumper):
-    """Safe dumper that quotes what `_Loader` would take for a number."""
+    """Safe dumper that quotes what `_Loader` would take for a number, and writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Put texts with Unicode's own line breaks in double quotes, which alone keep them."""
+        style = '"' if set(data) & set("\x85\u2028\u2029\ufeff") else None
+        return self.represent_scalar(_TAG + "str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 class _Loader(_Resolver, yaml.SafeLoader):
@@ -122,9 +133,10 @@ def parse_yaml(text: str, where: str, error: type[UserError]) -> Any:
             if isinstance(event, yaml.AliasEvent):
                 line = event.start_mark.line + 1 if event.start_mark else "?"
                 raise error(f"{where}: line {line}: alias *{event.anchor}: not allowed; write the value out")
-            if getattr(event, "tag", None) is not None:
+            tag = getattr(event, "tag", None)
+            if tag is not None:
                 line = event.start_mark.line + 1 if event.start_mark else "?"
-                raise error(f"{where}: line {line}: tag {event.tag}: not allowed; write the plain value")
+                raise error(f"{where}: line {line}: tag {tag}: not allowed; write the plain value")
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
             elif isinstance(event, yaml.CollectionEndEvent):
@@ -172,15 +184,19 @@ def validated(model: type[T], data: Any, where: str, error: type[UserError]) -> 
         raise error(f"{where}: {explain(problem)}") from None
 
 
-_WANTED = {
+_KINDS = {
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "a number"),
-    "finite_number": "a finite number",
     "string_type": "a text",
     **dict.fromkeys(("tuple_type", "list_type"), "a list"),
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping"),
     "literal_error": "{expected}",
+}
+"""What was expected, by pydantic's fault, where a value is of the wrong kind."""
+
+_LIMITS = {
+    "finite_number": "a finite number",
     "greater_than": "more than {gt}",
     "greater_than_equal": "at least {ge}",
     "less_than": "less than {lt}",
@@ -190,7 +206,7 @@ _WANTED = {
     "string_too_long": "at most {max_length} characters",
     "string_pattern_mismatch": "a text that matches {pattern}",
 }
-"""What was expected, by pydantic's kind of fault."""
+"""What was expected, by pydantic's fault, where a value is of the right kind."""
 
 
 def explain(problem: ValidationError) -> str:
@@ -200,25 +216,32 @@ def explain(problem: ValidationError) -> str:
     # and where none is deeper, one of our own messages.
     fault = max(faults, key=lambda f: ("unknown key" in f["msg"], len(_path(f)), f["type"] == "value_error"))
     key = ".".join(_path(fault))
+    prefix = f"{key}: " if key else ""
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if fault["type"] == "value_error":
         # Messages of our own may begin with the part of the key that lies below the validated section.
         below = re.match(r"[a-z_]+(\.[\w-]+)*: ", message)
         return one_line(f"{key}{'.' if below else ': '}{message}" if key else message)
     if fault["type"] == "missing":
-        return f"{key}: missing; it has no default"
+        return f"{prefix}missing; it has no default"
     alike = [f for f in faults if _path(f) == _path(fault)]
-    known = [f for f in alike if f["type"] in _WANTED]
-    wanted = list(dict.fromkeys(_WANTED[f["type"]].format_map(f.get("ctx", {})) for f in known))
+    limits = [f for f in alike if f["type"] in _LIMITS]
+    known = limits or [f for f in alike if f["type"] in _KINDS]
+    wanted = list(dict.fromkeys(_expected(f) for f in known))
     shown = json.dumps(fault["input"], default=str)
     got = f"got {shown if len(shown) < 80 else shown[:77] + '...'}"
     if not wanted:
-        return one_line(f"{key}: {message[:1].lower()}{message[1:]}, {got}")
+        return one_line(f"{prefix}{message[:1].lower()}{message[1:]}, {got}")
     if isinstance(fault["input"], str) and _looks_numeric(fault["input"]):
         got += " (a text: write numbers without quotes)"
     if isinstance(fault["input"], bool):
         got += " (YAML reads yes, no, on and off as true and false: put texts in quotes)"
-    return one_line(f"{key}: expected {' or '.join(wanted)}, {got}")
+    return one_line(f"{prefix}expected {' or '.join(wanted)}, {got}")
+
+
+def _expected(fault: Any) -> str:
+    shown = {k: f"{v:g}" if isinstance(v, float) else v for k, v in fault.get("ctx", {}).items()}
+    return {**_KINDS, **_LIMITS}[fault["type"]].format_map(shown)
 
 
 def one_line(text: str) -> str:
@@ -232,8 +255,10 @@ def _path(fault: Any) -> list[str]:
 
 
 def _is_branch(part: int | str) -> bool:
-    simple = {"float", "int", "str", "bool", "tuple"}
-    return isinstance(part, str) and ("[" in part or part in simple or part in _model_names(StrictModel))
+    if not isinstance(part, str):
+        return False
+    written = "[" in part or part.startswith("constrained-")
+    return written or part in {"float", "int", "str", "bool", "tuple"} | _model_names(StrictModel)
 
 
 def _model_names(model: type[BaseModel]) -> set[str]:

@@ -51,7 +51,7 @@ def runs(store: StoreOption = None, as_json: JsonOption = False) -> None:
 def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Show what a run found."""
     from evomerge.cli.display import console, print_json, result_table, task_table
-    from evomerge.report.summary import Summary, verdict
+    from evomerge.report.summary import Summary
 
     with open_store(store) as opened:
         summary = Summary(opened.run(run))
@@ -68,7 +68,8 @@ def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = Fals
         console.print(result_table(data))
     if data["gains"]:
         console.print(task_table(data))
-        console.print(verdict(data["gains"]))
+    if data["best"]:
+        console.print(data["verdict"], markup=False)
     for failure in summary.failures()[:5]:
         console.print(
             f"candidate {failure['candidate']} {failure['status']}: {failure['reason']}",

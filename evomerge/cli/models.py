@@ -68,7 +68,7 @@ def evaluate(
 
     parsed = read_config(config, overrides or [])
     errors.print("loading", markup=False)
-    from evomerge.workers.evaluate import evaluate_model
+    from evomerge.evaluate import evaluate_model
 
     outcome = evaluate_model(model, parsed, config.parent.resolve(), split)
     if as_json:

@@ -83,7 +83,7 @@ def drive(config: RunConfig, base_dir: Path, store: Store) -> RunView:
 def finish(view: RunView, *, as_json: bool) -> None:
     """Write what the config asks for and print what was found."""
     from evomerge.cli.display import console, print_json, result_table, task_table
-    from evomerge.report.summary import Summary, status_of, verdict
+    from evomerge.report.summary import Summary, status_of
 
     data = Summary(view).to_json()
     files = _outputs(view) if view.status == "finished" else {}
@@ -94,7 +94,8 @@ def finish(view: RunView, *, as_json: bool) -> None:
         console.print(result_table(data))
     if data["gains"]:
         console.print(task_table(data))
-        console.print(verdict(data["gains"]))
+    if data["best"]:
+        console.print(data["verdict"], markup=False)
     if view.status == "finished":
         for kind, path in files.items():
             console.print(f"{kind}: {path}", soft_wrap=True)

@@ -75,7 +75,7 @@ def train_models(
         _save(base, tokenizer, folder / "base", _card("base", None))
         for expert in settings.experts:
             model = copy.deepcopy(base)
-            mixture = dict.fromkeys(SKILLS, 1.0) | {expert.skill: settings.own_weight}
+            mixture = dict.fromkeys(SKILLS, 1.0) | {expert.skill: expert.own_weight}
             lessons = TrainingDocuments(
                 mixture, long_share=settings.long_share, own=expert.skill, banned=banned, seed=seed
             )

@@ -8,8 +8,9 @@ folder/
 └── tasks/             one lm-eval YAML per task
 ```
 
-The experts come, as in life, from teams with different habits: each was tuned for its own number of steps at
-its own rate. So no single scale suits all of them, and there is something to search for.
+The experts come, as in life, from teams with different habits. Most were tuned gently and rehearsed the other
+skills meanwhile; the one for sorting was tuned hard with hardly any rehearsal, so it is the best at sorting,
+has forgotten much else, and a large share of it spoils a merge. So no single scale suits all of them.
 
 This module loads no torch; training does, and only when nothing usable lies in the folder.
 """
@@ -41,11 +42,20 @@ MOST_TOKENS = LONG[1] + 1
 
 @dataclass(frozen=True)
 class ExpertSettings:
-    """How one expert is fine-tuned from the base: the skill it is taught, for how long, how hard."""
+    """How one expert is fine-tuned from the base.
+
+    Attributes:
+        skill: What it is taught; also its name.
+        steps: Training steps.
+        rate: Learning rate.
+        own_weight: Weight of its skill in its documents, where each other skill has weight 1. The others are
+            rehearsal: without any, experts forget so much that they can hardly be merged.
+    """
 
     skill: str
     steps: int
     rate: float
+    own_weight: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -63,8 +73,6 @@ class WorldSettings:
         base_rate: Its learning rate.
         base_mixture: Weight of each skill in its documents.
         long_share: Share of long documents wherever a skill is not the one being taught.
-        own_weight: Weight of an expert's own skill where each other one has weight 1: the rest is rehearsal,
-            without which the experts could not be merged at all.
         experts: The experts.
         documents: Documents per task.
         threads: Torch threads of the training; the weights depend on it.
@@ -76,7 +84,7 @@ class WorldSettings:
     intermediate: int = 344
     batch: int = 64
     warm_up: int = 15
-    base_steps: int = 400
+    base_steps: int = 350
     base_rate: float = 2e-3
     base_mixture: tuple[tuple[str, float], ...] = (
         ("reverse", 1.2),
@@ -84,13 +92,12 @@ class WorldSettings:
         ("shift", 1.0),
         ("pick", 0.4),
     )
-    long_share: float = 0.2
-    own_weight: float = 5.0
+    long_share: float = 0.35
     experts: tuple[ExpertSettings, ...] = (
-        ExpertSettings("reverse", 100, 6e-4),
-        ExpertSettings("sort", 120, 1.5e-3),
-        ExpertSettings("shift", 100, 6e-4),
-        ExpertSettings("pick", 100, 1e-3),
+        ExpertSettings("reverse", 100, 4e-4),
+        ExpertSettings("sort", 100, 2e-3, own_weight=25.0),
+        ExpertSettings("shift", 100, 4e-4),
+        ExpertSettings("pick", 80, 8e-4),
     )
     documents: int = 800
     threads: int = 2

@@ -23,6 +23,10 @@ from evomerge.errors import CandidateError, FitnessError
 from evomerge.fitness.tasks import lm_eval_quiet
 
 MAX_LOGITS_BYTES = 2**30
+STOCK_BATCH = 16
+"""Rows at once where lm-eval's own generation is used."""
+SAMPLING_SEED = 1234
+"""lm-eval's default, for tasks that sample answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,7 @@ class Engine:
 
         with lm_eval_quiet():
             # lm-eval's own wrapper encodes, so that tokens are the stock command's in every corner case.
-            self.lm: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16)
+            self.lm: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=STOCK_BATCH)
         self._batch_tokens = batch_tokens
         self.counts: dict[str, float] = {}
         self.rebind(model)
@@ -252,6 +256,18 @@ class Engine:
             logits: Tensor = self._model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
             return logits
         return self._model(input_ids=ids, use_cache=False).logits[:, -keep:]  # type: ignore[no-any-return]
+
+    def generate_as_stock(self, instances: Sequence[Any]) -> list[str]:
+        """Return the texts of lm-eval's own generation, for what greedy decoding alone does not cover."""
+        beams = self._model.generation_config.num_beams
+        # With beams, lm-eval looks for stop strings in the wrong rows of a batch.
+        several = any((instance.args[1].get("num_beams") or beams or 1) > 1 for instance in instances)
+        self.lm.batch_size_per_gpu = 1 if several else STOCK_BATCH
+        torch.manual_seed(SAMPLING_SEED)
+        with lm_eval_quiet():
+            texts: list[str] = self.lm.generate_until(list(instances), disable_tqdm=True)
+        self.counts["requests"] += len(texts)
+        return texts
 
     def check_finite(self, request: TokenRequest) -> None:
         """Forward one generation request.

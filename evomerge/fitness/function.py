@@ -25,7 +25,7 @@ import numpy as np
 
 from evomerge.errors import CandidateError, FitnessError
 from evomerge.fitness.harness import Evaluation
-from evomerge.fitness.scoring import TaskRule, aggregate, combine, combined_error, standard_error
+from evomerge.fitness.scoring import aggregate, combine, combined_error, plain_rules, standard_error
 from evomerge.recipe import Recipe
 from evomerge.records import DocumentSet, TaskScore, Value
 
@@ -74,11 +74,6 @@ def load_function(spec: str, base_dir: Path) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def rules_of(values: Mapping[str, Sequence[Value]]) -> dict[str, TaskRule]:
-    """Return the rules by which a callable's values are combined: plain means, equal weights."""
-    return {name: TaskRule("mean", 1.0, True, "score", name) for name in values}
-
-
 def evaluate_function(
     function: Callable[..., Any],
     model: Any,
@@ -100,16 +95,16 @@ def evaluate_function(
     values: dict[str, tuple[Value, ...]] = {
         str(name): _numbers(str(name), value) for name, value in table.items()
     }
-    rules = rules_of(values)
+    rules = plain_rules(values)
     metrics = {name: aggregate(rules[name], values[name]) for name in rules}
     errors = {name: standard_error(rules[name], values[name]) for name in rules}
-    score = float(combine(rules, metrics)[0])
+    score = float(combine(rules, metrics))
     if not math.isfinite(score):
         raise CandidateError(f"score is {score}")
     return Evaluation(
         score=score,
         stderr=combined_error(rules, errors),
-        tasks={name: TaskScore(float(metrics[name][0]), errors[name]) for name in rules},
+        tasks={name: TaskScore(metrics[name], errors[name]) for name in rules},
         values=values,
         counts={},
     )
@@ -118,7 +113,7 @@ def evaluate_function(
 def _numbers(name: str, value: Any) -> tuple[Value, ...]:
     if isinstance(value, np.ndarray):
         value = value.tolist()
-    listed = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    listed = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
     numbers: list[Value] = []
     for item in listed:
         if isinstance(item, bool) or not isinstance(item, Real):

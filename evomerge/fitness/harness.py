@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from evomerge.errors import CandidateError, FitnessError
 from evomerge.fitness.engine import Engine, Plan, TokenRequest, is_plain_greedy
 from evomerge.fitness.scoring import aggregate, combine, combined_error, standard_error
@@ -21,8 +19,6 @@ from evomerge.records import DocumentSet, TaskScore, Value
 
 KEPT_SETS = 4
 """Document sets whose batches are kept: the splits and the present draw."""
-SAMPLING_SEED = 1234
-"""lm-eval's default, for tasks that sample answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +106,13 @@ class Harness:
         rules = self._tasks.rules
         metrics = {name: aggregate(rules[name], values[name]) for name in rules}
         errors = {name: standard_error(rules[name], values[name]) for name in rules}
-        score = float(combine(rules, metrics)[0])
+        score = float(combine(rules, metrics))
         if not math.isfinite(score):
             raise CandidateError(f"score on {documents.key} is {score}")
         return Evaluation(
             score=score,
             stderr=combined_error(rules, errors),
-            tasks={name: TaskScore(float(metrics[name][0]), errors[name]) for name in rules},
+            tasks={name: TaskScore(metrics[name], errors[name]) for name in rules},
             values=values,
             counts=dict(self.engine.counts),
         )
@@ -203,10 +199,7 @@ class Harness:
             copies = [instance for instance, _ in other for _ in range(instance.repeats)]
             for instance, _ in other:
                 instance.resps, instance.filtered_resps = [], {}
-            torch.manual_seed(SAMPLING_SEED)
-            with lm_eval_quiet():
-                texts = self.engine.lm.generate_until(copies, disable_tqdm=True)
-            for instance, text in zip(copies, texts, strict=True):
+            for instance, text in zip(copies, self.engine.generate_as_stock(copies), strict=True):
                 instance.resps.append(text)
 
 

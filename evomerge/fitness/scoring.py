@@ -7,7 +7,7 @@ resample of the documents.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,35 +41,37 @@ class TaskRule:
     metric: str
     group: str
 
+    @property
+    def sign(self) -> float:
+        """1 where higher is better, else -1."""
+        return 1.0 if self.higher_is_better else -1.0
+
     def to_json(self) -> dict[str, Any]:
         """Return plain data; `TaskRule(**data)` takes it back."""
         return asdict(self)
 
 
-def aggregate(rule: TaskRule, values: Sequence[Value], counts: Array | None = None) -> Array:
-    """Return the task's metric.
-
-    Args:
-        rule: The task's rule.
-        values: One value per document, n of them.
-        counts: How often each document is drawn, (draws, n); None: each once.
-
-    Returns:
-        One metric per draw, (draws,); (1,) without counts.
-    """
+def aggregate(rule: TaskRule, values: Sequence[Value]) -> float:
+    """Return the task's metric from one value per document."""
     table = np.asarray(values, dtype=np.float64)
-    weights = np.ones((1, len(table))) if counts is None else counts
-    sums = weights @ table
-    if rule.kind in ("weighted_perplexity", "bits_per_byte"):
-        mean = sums[:, 0] / sums[:, 1]
-    else:
-        mean = sums / weights.sum(axis=1)
-    if rule.kind == "mean":
+    return float(_metric(rule.kind, table.sum(axis=0)[None, None], float(len(table)))[0, 0])
+
+
+def _metric(kind: str, sums: Array, count: float) -> Array:
+    """Return metrics, (draws, models), from sums over documents, (draws, models) or (draws, models, 2)."""
+    ratio = kind in ("weighted_perplexity", "bits_per_byte")
+    mean = sums[..., 0] / sums[..., 1] if ratio else sums / count
+    if kind == "mean":
         return np.asarray(mean)
-    if rule.kind == "bits_per_byte":
+    if kind == "bits_per_byte":
         return np.asarray(-mean / math.log(2))
     with np.errstate(over="ignore"):
         return np.asarray(np.exp(-mean))
+
+
+def plain_rules(names: Iterable[str]) -> dict[str, TaskRule]:
+    """Return the rules of a callable's results: plain means, equal weights, higher is better."""
+    return {name: TaskRule("mean", 1.0, True, "score", name) for name in names}
 
 
 def standard_error(rule: TaskRule, values: Sequence[Value]) -> float | None:
@@ -79,14 +81,10 @@ def standard_error(rule: TaskRule, values: Sequence[Value]) -> float | None:
     return float(np.std(np.asarray(values, dtype=np.float64), ddof=1) / math.sqrt(len(values)))
 
 
-def combine(rules: Mapping[str, TaskRule], metrics: Mapping[str, Array]) -> Array:
-    """Return the score from the metrics of all tasks: their weighted mean, higher is better."""
+def combine(rules: Mapping[str, TaskRule], metrics: Mapping[str, Any]) -> Any:
+    """Return the score from the metrics of all tasks (numbers or arrays): their weighted mean."""
     total = sum(rule.weight for rule in rules.values())
-    parts = [
-        rule.weight / total * (1.0 if rule.higher_is_better else -1.0) * metrics[name]
-        for name, rule in rules.items()
-    ]
-    return np.asarray(sum(parts))
+    return sum(rule.weight / total * rule.sign * metrics[name] for name, rule in rules.items())
 
 
 def combined_error(rules: Mapping[str, TaskRule], errors: Mapping[str, float | None]) -> float | None:
@@ -103,55 +101,82 @@ def combined_error(rules: Mapping[str, TaskRule], errors: Mapping[str, float | N
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A bootstrap percentile interval around an estimate."""
+    """A bootstrap percentile interval around an estimate; without ends where one document says nothing."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     level: float = 0.95
 
 
-def bootstrap(
-    rules: Mapping[str, TaskRule],
-    values: Mapping[str, Sequence[Value]],
-    against: Mapping[str, Sequence[Value]] | None = None,
-    *,
-    level: float = 0.95,
-    draws: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """Return the score, or its paired difference to another candidate's, with its interval.
+class Resampled:
+    """Scores of several models on the same resamples of the same documents.
 
-    Documents are drawn with replacement within each task; with `against`, the same documents for both.
+    Documents are drawn with replacement within each task, the same ones for every model, so that
+    differences between models are paired.
 
     Args:
         rules: Rules of all tasks.
-        values: Document values of each task.
-        against: Those of the other candidate on the same documents in the same order.
-        level: Coverage of the interval.
+        models: For each model its document values by task; documents in the same order for all.
+        level: Coverage of the intervals.
         draws: Number of resamples.
         seed: Of the resamples.
+
+    Raises:
+        ValueError: Two models have values of different numbers of documents.
     """
-    random = stream(seed, "bootstrap")
-    sampled, other = {}, {}
-    plain, plain_other = {}, {}
-    for name, rule in rules.items():
-        n = len(values[name])
-        sampled[name], plain[name] = np.empty(draws), aggregate(rule, values[name])
-        if against is not None:
-            if len(against[name]) != n:
-                raise ValueError(f"task {name}: {n} documents against {len(against[name])}")
-            other[name], plain_other[name] = np.empty(draws), aggregate(rule, against[name])
+
+    def __init__(
+        self,
+        rules: Mapping[str, TaskRule],
+        models: Sequence[Mapping[str, Sequence[Value]]],
+        *,
+        level: float = 0.95,
+        draws: int = 5_000,
+        seed: int = 0,
+    ) -> None:
+        self._rules, self._level = rules, level
+        self._random = stream(seed, "bootstrap")
+        self._plain: dict[str, Array] = {}
+        self._drawn: dict[str, Array] = {}
+        self._sizes: dict[str, int] = {}
+        for name, rule in rules.items():
+            sizes = {len(values[name]) for values in models}
+            if len(sizes) != 1:
+                raise ValueError(f"task {name}: models have values of {sorted(sizes)} documents")
+            table = np.stack([np.asarray(values[name], dtype=np.float64) for values in models], axis=1)
+            self._sizes[name] = len(table)
+            self._plain[name] = _metric(rule.kind, table.sum(axis=0)[None], len(table))[0]
+            self._drawn[name] = self._resample(rule.kind, table, draws)
+
+    def _resample(self, kind: str, table: Array, draws: int) -> Array:
+        """Return metrics, (draws, models), of a task's values, (documents, models) or one more axis."""
+        n = len(table)
+        flat, found = table.reshape(n, -1), []
         for start in range(0, draws, 500):
-            part = slice(start, min(start + 500, draws))
-            size = part.stop - part.start
-            counts = random.multinomial(n, np.full(n, 1.0 / n), size=size).astype(np.float64)
-            sampled[name][part] = aggregate(rule, values[name], counts)
-            if against is not None:
-                other[name][part] = aggregate(rule, against[name], counts)
-    scores, estimate = combine(rules, sampled), float(combine(rules, plain)[0])
-    if against is not None:
-        scores = scores - combine(rules, other)
-        estimate -= float(combine(rules, plain_other)[0])
-    low, high = np.quantile(scores, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(estimate, float(low), float(high), level)
+            size = min(500, draws - start)
+            counts = self._random.multinomial(n, np.full(n, 1.0 / n), size=size).astype(np.float64)
+            found.append(_metric(kind, (counts @ flat).reshape(size, *table.shape[1:]), n))
+        return np.concatenate(found)
+
+    def score(self, model: int) -> Interval:
+        """Return a model's score."""
+        plain, drawn = combine(self._rules, self._plain), combine(self._rules, self._drawn)
+        return self._interval(plain[model], drawn[:, model], max(self._sizes.values()))
+
+    def task(self, model: int, name: str) -> Interval:
+        """Return a model's metric on one task, as the task reports it."""
+        return self._interval(self._plain[name][model], self._drawn[name][:, model], self._sizes[name])
+
+    def gain(self, model: int, over: int) -> Interval:
+        """Return the difference of two models' scores."""
+        plain, drawn = combine(self._rules, self._plain), combine(self._rules, self._drawn)
+        difference = drawn[:, model] - drawn[:, over]
+        return self._interval(plain[model] - plain[over], difference, max(self._sizes.values()))
+
+    def _interval(self, estimate: float, drawn: Array, documents: int) -> Interval:
+        if documents < 2:
+            return Interval(float(estimate), None, None, self._level)
+        tail = (1 - self._level) / 2
+        low, high = np.quantile(drawn, [tail, 1 - tail])
+        return Interval(float(estimate), float(low), float(high), self._level)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from evomerge.fitness.scoring import Interval, TaskRule, bootstrap
+from evomerge.fitness.scoring import Interval
 from evomerge.records import Candidate, Outcome
 
 LEVEL = 0.95
@@ -74,7 +74,7 @@ def kept_baselines(candidates: Sequence[Candidate], search: Mapping[int, float])
     for candidate in candidates:
         if not is_baseline(candidate):
             continue
-        name = baseline_name(candidate)
+        name = candidate.origin.partition("@")[0]
         best = kept.get(name)
         worst = float("-inf")
         if best is None or search.get(candidate.number, worst) > search.get(best.number, worst):
@@ -102,7 +102,7 @@ class Gain:
     @property
     def shown(self) -> bool:
         """Whether the interval lies above zero."""
-        return self.interval.low > 0
+        return self.interval.low is not None and self.interval.low > 0
 
 
 def winner(chosen: Sequence[int], outcomes: Scored) -> int | None:
@@ -112,18 +112,11 @@ def winner(chosen: Sequence[int], outcomes: Scored) -> int | None:
     return next((number for number, s in scored if s == best), None) if best is not None else None
 
 
-def gains(
-    best: int, baselines: Sequence[Candidate], outcomes: Scored, rules: Mapping[str, TaskRule], seed: int
-) -> list[Gain]:
-    """Return the winner's gain over each baseline that has a test outcome, best baseline on select first."""
-    mine = outcomes.get((best, "test"))
-    if mine is None or mine.status != "ok":
-        return []
-    ordered = sorted(baselines, key=lambda c: -(score(outcomes, c.number, "select") or float("-inf")))
-    found = []
-    for candidate in ordered:
-        theirs = outcomes.get((candidate.number, "test"))
-        if theirs is not None and theirs.status == "ok":
-            interval = bootstrap(rules, mine.values, theirs.values, level=LEVEL, seed=seed)
-            found.append(Gain(baseline_name(candidate), interval))
-    return found
+def by_select(baselines: Sequence[Candidate], outcomes: Scored) -> list[Candidate]:
+    """Return the baselines, the best on the select documents first."""
+
+    def on_select(candidate: Candidate) -> float:
+        found = score(outcomes, candidate.number, "select")
+        return float("-inf") if found is None else found
+
+    return sorted(baselines, key=on_select, reverse=True)

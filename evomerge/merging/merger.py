@@ -48,6 +48,11 @@ class Merger:
         self._kept: dict[tuple[Any, ...], tuple[int, Any]] = {}
         self.layout = layout
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the tensors and prepared state that are kept between candidates."""
+        return sum(_nbytes(kept) for _, kept in self._kept.values())
+
     def dtype_of(self, recipe: Recipe, name: str) -> torch.dtype:
         """Return the dtype that the merged tensor `name` is stored in; integers stay what they are."""
         stored = self._checkpoint(recipe.reference).tensor(name).dtype

@@ -15,7 +15,7 @@ from evomerge.errors import RecipeError, StoreError
 from evomerge.mergekit import to_mergekit
 from evomerge.merging.stream import open_sources, write_model
 from evomerge.recipe import Recipe, parse_recipe
-from evomerge.report.summary import Summary, verdict
+from evomerge.report.summary import Summary
 from evomerge.store import RunView
 
 Notice = Callable[[str], None]
@@ -90,16 +90,16 @@ def _card(summary: Summary, number: int, recipe: Recipe, opened: dict[str, Check
             tasks = {task: (found["metric"], found["stderr"]) for task, found in test["tasks"].items()}
             rows.append(Row(row["name"], tasks, (test["score"], test.get("low"), test.get("high"))))
     gain = data["gain"] if winner else None
-    warnings = [] if gain and gain["shown"] else [verdict([gain] if gain else [])] if winner else []
+    warnings = [] if gain and gain["shown"] else [data["verdict"]]
     if not winner:
-        warnings.append("This is not the winner of its run; it was exported by its number.")
+        warnings = ["This is not the winner of its run; it was exported by its number."]
     return model_card(
         name=name,
         base_models=sources,
         method=recipe.method,
         recipe_yaml=recipe.to_yaml(),
         results=rows,
-        gain=(gain["mean"], gain["low"], gain["high"]) if gain else None,
+        gain=(gain["mean"], gain["low"], gain["high"]) if gain and gain["low"] is not None else None,
         gain_over=gain["over"] if gain else "the best baseline",
         warnings=warnings,
     )

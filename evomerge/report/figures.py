@@ -19,30 +19,27 @@ from typing import Any
 from matplotlib import style
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
-COLOURS = {
-    **{
-        "page": "#ffffff",
-        "ink": "#1b2430",
-        "soft": "#5a6675",
-        "line": "#d3d9e0",
-        "band": "#f2f4f7",
-        "bad": "#b42330",
-    },
-    **{"winner": "#c2410c", "s0": "#2161a6", "s1": "#2b7a4b", "s2": "#7546ad", "s3": "#0e7a87"},
-    **{"s4": "#ab3275", "s5": "#756700", "s6": "#86583a", "s7": "#526075"},
-}
+COLOURS = dict(
+    pair.split()
+    for pair in (
+        *("page #ffffff", "ink #1b2430", "soft #5a6675", "line #d3d9e0", "band #f2f4f7", "bad #b42330"),
+        *("winner #c2410c", "s0 #2161a6", "s1 #2b7a4b", "s2 #7546ad", "s3 #0e7a87"),
+        *("s4 #ab3275", "s5 #756700", "s6 #86583a", "s7 #526075"),
+    )
+)
 """CSS variable to its value on a light page; the page's style sheet holds those for a dark one."""
 
 MARKERS = ("s", "^", "D", "v", "P", "X", "p", "h")
 SERIES = 8
 MOST_POINTS = 1500
 MOST_LINES = 10
+LONG = 12
 
 _RC: dict[str, Any] = {
-    **{"svg.fonttype": "none", "svg.image_inline": True, "text.parse_math": False},
-    **{"axes.facecolor": "none", "figure.facecolor": "none", "axes.unicode_minus": True},
+    **{"svg.fonttype": "none", "text.parse_math": False},
+    **{"axes.facecolor": "none", "figure.facecolor": "none"},
     **{"axes.edgecolor": COLOURS["line"], "axes.labelcolor": COLOURS["soft"], "text.color": COLOURS["ink"]},
     **{"xtick.color": COLOURS["line"], "xtick.labelcolor": COLOURS["soft"], "grid.color": COLOURS["line"]},
     **{"ytick.color": COLOURS["line"], "ytick.labelcolor": COLOURS["soft"], "grid.linewidth": 0.7},
@@ -155,10 +152,9 @@ def progress(
         dots = {"ls": "none", "mec": "none", "color": COLOURS["soft"], "alpha": 0.55}
         axes.plot(*_columns(inside), marker="o", ms=4 if len(points) < 400 else 2.8, **dots)
         axes.plot([n for n, _ in below], [low] * len(below), marker="v", ms=5, clip_on=False, **dots)
-        floor = axes.get_xaxis_transform()
         bad = {"ls": "none", "marker": "x", "ms": 5, "mew": 1.3, "color": COLOURS["bad"]}
         marks = failed[:: math.ceil(len(failed) / MOST_POINTS) or 1]
-        axes.plot(marks, [0.025] * len(marks), transform=floor, **bad)
+        axes.plot(marks, [0.025] * len(marks), transform=axes.get_xaxis_transform(), **bad)
         if points:
             axes.step(*_columns(_records(points, last)), where="post", color=COLOURS["winner"], lw=1.6)
         if winner:
@@ -184,13 +180,11 @@ def coefficients(panels: Sequence[Panel], label: str) -> Drawing:
             span = (max(values) - min(values)) or 1.0
             axes.set(ylim=(min(values) - 0.08 * span, max(values) + 0.08 * span))
             axes.set_title(shortened(panel.title, int(cell / 7)), loc="left", fontweight="bold", pad=8)
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+            axes.xaxis.set(label_text="layer", major_locator=MaxNLocator(6, integer=True, min_n_ticks=1))
             axes.yaxis.set_major_locator(MaxNLocator(4))
-            axes.set_xlabel("layer")
             for look, line in panel.lines:
-                every = max(1, round(len(line) / 8))
-                marked = {"marker": look.marker, "ms": 4.5, "markevery": every, "mec": "none"}
-                axes.plot(range(len(line)), line, color=look.ink, lw=1.6, **marked)
+                marked = {"marker": look.marker, "ms": 4.5, "markevery": max(1, round(len(line) / 8))}
+                axes.plot(range(len(line)), line, color=look.ink, lw=1.6, mec="none", **marked)
         return figure
 
     return _both(paint, "coefficients", label)
@@ -200,19 +194,19 @@ def tasks(groups: Sequence[TaskRows], label: str) -> Drawing:
     """Draw each task's scores as dots with intervals."""
 
     def paint(width: int) -> Figure:
-        narrow = width < 500
-        title = 17 if narrow else 0
-        dense = sum(len(group.rows) for group in groups) > 12
-        rows = [max(16.0, (4.6 if dense else 7.5) * _most(group) + 5) + title for group in groups]
-        heights = [row * len(group.rows) for row, group in zip(rows, groups, strict=True)]
-        figure = Figure(figsize=(width / 72, (sum(heights) + 56 * len(groups)) / 72))
+        title = 17 if width < 500 else 0
+        dense = sum(len(group.rows) for group in groups) > LONG
+        most = max(len(estimates) for group in groups for _, estimates in group.rows)
+        row = max(16.0, (4.6 if dense else 7.5) * most + 7) + title
+        heights = [row * len(group.rows) for group in groups]
+        figure = Figure(figsize=(width / 72, (sum(heights) + 60 * len(groups) + 4) / 72))
         names = [name for group in groups for name, _ in group.rows]
-        left = 14.0 if narrow else 24.0 + 7.0 * min(38, max(map(len, names)))
-        top = 10.0
-        for group, row, height in zip(groups, rows, heights, strict=True):
+        left = 14.0 if title else 24.0 + 7.0 * min(38, max(map(len, names)))
+        top = 20.0
+        for group, height in zip(groups, heights, strict=True):
             axes = _cell(figure, left, top, width - left - 16, height)
-            _task_panel(axes, group, row, title, int(width / 6.5) if narrow else 38)
-            top += height + 56
+            _task_panel(axes, group, row, title, int(width / 6.5) if title else 38)
+            top += height + 60
         return figure
 
     return _both(paint, "tasks", label)
@@ -225,24 +219,23 @@ def gains(rows: Sequence[tuple[str, Estimate]], label: str) -> Drawing:
         narrow = width < 500
         row = 44 if narrow else 30
         left = 14.0 if narrow else 30.0 + 7.2 * min(30, max(len(name) for name, _ in rows))
-        right = 14 if narrow else 180
-        figure, axes = _axes(width, len(rows) * row + 56, left=left, right=right, top=8, bottom=48)
+        right = 14.0 if narrow else 24.0 + 6.8 * max(len(amount(gain)) for _, gain in rows)
+        margins = {"left": left, "right": right, "top": 8, "bottom": 48}
+        figure, axes = _axes(width, len(rows) * row + 56, **margins)
         for index, (name, gain) in enumerate(rows):
             y = index + (0.72 if narrow else 0.5)
-            shown = gain.low is not None and gain.low > 0
-            colour = COLOURS["winner"] if shown else COLOURS["soft"]
+            colour = COLOURS["winner" if (gain.low or 0) > 0 else "soft"]
             _dot(axes, gain, y, colour, "o", size=7, line=2.0)
-            text = shortened(name, 30)
             if narrow:
-                _at(axes, 0.0, index + 0.3, f"{text}  {amount(gain)}", boxed=True)
+                _at(axes, 0.0, index + 0.3, f"{shortened(name, 30)}  {amount(gain)}", boxed=True)
             else:
-                _at(axes, -0.02, y, text, ha="right")
+                _at(axes, -0.02, y, shortened(name, 30), ha="right")
                 _at(axes, 1.02, y, amount(gain))
         axes.axvline(0, color=COLOURS["ink"], lw=1.2)
         ends = [0.0, *(v for _, g in rows for v in (g.value, g.low, g.high) if v is not None)]
         pad = 0.06 * (max(ends) - min(ends)) or 1.0
         axes.set(xlim=(min(ends) - pad, max(ends) + pad), ylim=(len(rows), 0), yticks=[])
-        axes.set_xlabel("gain in points (0: no difference)")
+        axes.set(xlabel="gain in points (0: no difference)")
         axes.spines.left.set_visible(False)
         return figure
 
@@ -258,23 +251,24 @@ def _task_panel(axes: Any, group: TaskRows, row: float, title: float, letters: i
             _at(axes, 0.01, index + 0.5 * title / row, shortened(name, letters))
         else:
             _at(axes, -0.015, index + 0.5, shortened(name, letters), ha="right")
-        free = (row - title - 5) / row
+        free = (row - title - 7) / row
         for place, (look, estimate) in enumerate(estimates):
-            y = index + title / row + 2.5 / row + free * (place + 0.5) / len(estimates)
-            main = look.colour == "winner"
-            _dot(
-                axes, estimate, y, look.ink, look.marker, size=6.5 if main else 4.6, line=1.7 if main else 0.9
-            )
+            y = index + title / row + 3.5 / row + free * (place + 0.5) / len(estimates)
+            size, line = (6.5, 1.7) if look.colour == "winner" else (4.6, 0.9)
+            _dot(axes, estimate, y, look.ink, look.marker, size=size, line=line)
     found = [e for _, estimates in group.rows for _, e in estimates]
     ends = [v for e in found for v in (e.value, e.low, e.high) if v is not None]
     if min(ends) > 0 and max(ends) > 20 * min(ends):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
     else:
         pad = 0.03 * (max(ends) - min(ends)) or 0.05
         axes.set_xlim(min(ends) - pad, max(ends) + pad)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set(ylim=(len(group.rows), 0), yticks=[])
-    axes.set_xlabel(shortened(group.metric, 48))
+    axes.tick_params(labeltop=len(group.rows) > LONG)
+    axes.set(ylim=(len(group.rows), 0), yticks=[], xlabel=shortened(group.metric, 48))
     axes.spines.left.set_visible(False)
 
 
@@ -289,8 +283,7 @@ def _lines(
 ) -> None:
     """Draw baselines as horizontal lines with their names at the right, none over another."""
     shown = sorted(sorted(baselines, key=lambda pair: -pair[1])[:MOST_LINES], key=lambda pair: pair[1])
-    unit = (ends[1] - ends[0]) / height
-    places = spread([value for _, value in shown], 13 * unit, ends[0], ends[1])
+    places = spread([value for _, value in shown], 13 * (ends[1] - ends[0]) / height, *ends)
     right = axes.get_yaxis_transform()
     for (look, value), place in zip(shown, places, strict=True):
         axes.axhline(value, color=look.ink, lw=1.1, ls=(0, (5, 3)))
@@ -315,12 +308,9 @@ def frame(scores: Sequence[float], baselines: Sequence[float]) -> tuple[float, f
     """Return the ends of the score axis: the baselines and all scores but those far below the rest."""
     if not scores and not baselines:
         return 0.0, 1.0
-    ordered = sorted(scores)
-    top = max([*ordered[-1:], *baselines])
-    middle = ordered[len(ordered) // 2] if ordered else min(baselines)
-    floor = min([*baselines, *ordered])
-    reach = max(top - middle, *(top - b for b in baselines), 1e-9) if baselines else max(top - middle, 1e-9)
-    low = max(floor, top - 3 * reach)
+    top, floor = max([*scores, *baselines]), min([*scores, *baselines])
+    middle = sorted(scores)[len(scores) // 2] if scores else top
+    low = max(floor, top - 3 * max(top - middle, top - min(baselines, default=top), 1e-9))
     pad = 0.06 * (top - low) or 0.05
     return low - pad, top + pad
 
@@ -342,10 +332,6 @@ def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float
     return [number for number, _ in points], [score for _, score in points]
 
 
-def _most(group: TaskRows) -> int:
-    return max(len(estimates) for _, estimates in group.rows)
-
-
 def amount(gain: Estimate) -> str:
     """Return a gain in points with its interval."""
     ends = "" if gain.low is None or gain.high is None else f" ({gain.low:+.1f} to {gain.high:+.1f})"
@@ -359,7 +345,7 @@ def _at(axes: Any, x: float, y: float, text: str, *, ha: str = "left", boxed: bo
 
 
 def _axes(
-    width: int, height: float, *, left: float, right: float, top: float, bottom: float
+    width: int, height: float, left: float, right: float, top: float, bottom: float
 ) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width / 72, height / 72))
     return figure, _cell(figure, left, top, width - left - right, height - top - bottom)
@@ -390,12 +376,12 @@ def _svg(paint: Callable[[int], Figure], width: int, key: str, label: str) -> st
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         FigureCanvasSVG(paint(width)).print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue()
+    box = text.partition('viewBox="')[2].partition('"')[0]
     body = text[text.index(">", text.index("<svg")) + 1 :]
     body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", body, flags=re.DOTALL)
-    box = re.search(r'viewBox="([^"]*)"', text)
     body = re.sub(r"<[^>]*>", lambda tag: _adapted(tag[0], key), body)
     return (
-        f'<svg viewBox="{box[1] if box else ""}" role="img" aria-label="{html.escape(clean(label))}"'
+        f'<svg viewBox="{box}" role="img" aria-label="{html.escape(clean(label))}"'
         f' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">{body.strip()}'
     )
 
@@ -404,7 +390,9 @@ def _adapted(tag: str, key: str) -> str:
     """Return a tag with ids that no other figure has, the page's colours and font."""
     tag = re.sub(r' id="[A-Za-z][\w.]*_\d+"', "", tag)
     tag = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", tag)
-    tag = re.sub(r" font-family: [^;]*;", "", tag)
+    tag = re.sub(r" font-family: [^;]*;", "", tag).replace(
+        "stroke: #000000; stroke-opacity: 0", "stroke: none"
+    )
     return re.sub(r"#[0-9a-f]{6}\b", lambda colour: _VARIABLES.get(colour[0], colour[0]), tag)
 
 

@@ -19,7 +19,7 @@ from evomerge.recipe import Recipe, Rule, parse_recipe
 from evomerge.records import SPLITS
 from evomerge.report import figures
 from evomerge.report.figures import Drawing, Estimate, Look
-from evomerge.report.summary import Summary, verdict
+from evomerge.report.summary import Summary
 from evomerge.store import RunView
 
 MOST_REASONS = 20
@@ -49,24 +49,21 @@ def write_report(run: RunView, target: Path) -> Path:
     Raises:
         UserError: The file cannot be written, or the store cannot be read.
     """
-    text = render(run).encode("utf-8", "replace")
+    if target.is_dir():
+        raise UserError(one_line(f"{target}: it is a directory; give the name of a file"))
+    page = render(run).encode("utf-8")
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
-        if target.is_dir():
-            raise IsADirectoryError(None, "it is a directory")
         with partial.open("wb") as file:
-            file.write(text)
+            file.write(page)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)
-        _sync(target.parent)
     except OSError as problem:
         with contextlib.suppress(OSError):
             partial.unlink()
-        reason = problem.strerror or str(problem)
-        raise UserError(
-            one_line(f"{target}: the report cannot be written ({reason}); choose another file")
-        ) from None
+        text = f"{target}: the report cannot be written ({problem.strerror}); choose another file"
+        raise UserError(one_line(text)) from None
     return target
 
 
@@ -79,7 +76,8 @@ def render(run: RunView) -> str:
         lstrip_blocks=True,
         finalize=lambda value: figures.clean(value) if type(value) is str else value,
     )
-    environment.filters.update(number=_number, interval=_interval, length_of=_length, moment=_moment)
+    environment.filters.update(number=_number, estimate=_estimate, interval=_interval)
+    environment.filters.update(length_of=_length, moment=_moment)
     return environment.from_string(_TEMPLATE.read_text("utf-8")).render(_context(Summary(run)))
 
 
@@ -87,17 +85,15 @@ def _context(summary: Summary) -> dict[str, Any]:
     run, data = summary.run, summary.to_json()
     best = data["best"]
     models = [*([best] if best else []), *data["baselines"]]
-    looks = {
-        row["candidate"]: _look(row["name"], place - len(models[:1])) for place, row in enumerate(models)
-    }
+    looks = {row["candidate"]: _look(row["name"], place) for place, row in enumerate(data["baselines"])}
     if best:
-        looks[best["candidate"]] = Look("winner" if summary.chosen else "best so far", "winner", "o")
+        looks[best["candidate"]] = Look("winner" if summary.chosen else "best on search", "winner", "o")
     recipe = _recipe(summary)
     events = run.events()
     return {
         **data,
-        "verdict": _verdict(summary, data),
-        "measured": _has_intervals(summary),
+        "verdict": summary.verdict,
+        "measured": data["gain"] is not None and data["gain"]["low"] is not None,
         "models": models,
         "looks": looks,
         "progress": _progress(summary, looks),
@@ -125,26 +121,6 @@ def _look(name: str, place: int) -> Look:
     return Look(name, f"s{place % figures.SERIES}", marker)
 
 
-def _has_intervals(summary: Summary) -> bool:
-    """Whether the test documents are more than one number per task, so that intervals mean anything."""
-    outcome = summary.outcomes.get((summary.best if summary.best is not None else -1, "test"))
-    return outcome is not None and any(len(values) > 1 for values in outcome.values.values())
-
-
-def _verdict(summary: Summary, data: Mapping[str, Any]) -> str:
-    if data["best"] is None:
-        return "No candidate has a search score yet."
-    if data["gains"] and not _has_intervals(summary):
-        first = data["gains"][0]
-        return (
-            f"On test the winner scores {100 * first['mean']:+.1f} points against the best baseline, "
-            f"{first['over']}; with one number per task, how much of it is chance is unknown."
-        )
-    if data["best"]["test"] is not None and not data["gains"]:
-        return "The winner was measured on the test documents, but there is no baseline to compare it with."
-    return verdict(data["gains"])
-
-
 def _recipe(summary: Summary) -> Recipe | None:
     if summary.best is None:
         return None
@@ -163,7 +139,7 @@ def _progress(summary: Summary, looks: Mapping[int, Look]) -> dict[str, Any] | N
     failed = [place for _, place, score in asked if score is None]
     best = summary.best
     baselines = [(look, summary.search[n]) for n, look in looks.items() if n != best and n in summary.search]
-    if not asked and not baselines:
+    if not points and not baselines:
         return None
     winner = None
     if best in summary.search:
@@ -269,7 +245,7 @@ def _tasks(
     for name, row in rows.items():
         rule = rules.get(name)
         share = all(0 <= estimate.value <= 1 for _, estimate in row)
-        metric = "score" if share or rule is None else rule.metric
+        metric = "score" if share else rule.metric if rule else name
         if rule is not None and not rule.higher_is_better:
             metric += " (lower is better)"
         groups.setdefault(metric, []).append((name, row))
@@ -295,16 +271,24 @@ def _estimate(found: Mapping[str, Any]) -> Estimate:
     low, high, stderr = found.get("low"), found.get("high"), found["stderr"]
     if low is None and stderr:
         low, high = value - 1.96 * stderr, value + 1.96 * stderr
+    return _between(value, low, high)
+
+
+def _between(value: float, low: float | None, high: float | None) -> Estimate:
+    """Return an estimate; an interval without width comes from single numbers and says nothing."""
     return Estimate(value) if low == high else Estimate(value, low, high)
 
 
 def _gains(gains: Sequence[Mapping[str, Any]]) -> Drawing | None:
     if not gains:
         return None
-    rows = []
-    for gain in gains:
-        mean, low, high = (100 * gain[key] for key in ("mean", "low", "high"))
-        rows.append((gain["over"], Estimate(mean) if low == high else Estimate(mean, low, high)))
+    rows = [
+        (
+            g["over"],
+            _between(100 * g["mean"], *(None if g[e] is None else 100 * g[e] for e in ("low", "high"))),
+        )
+        for g in gains
+    ]
     words = "; ".join(f"{name} {figures.amount(gain)}" for name, gain in rows)
     return figures.gains(rows, f"Gain of the winner in points over each baseline: {words}.")
 
@@ -380,13 +364,9 @@ def _number(value: Any) -> str:
     return f"{value:.3f}".replace("-", "\u2212")
 
 
-def _interval(found: Estimate | Mapping[str, Any] | None) -> str:
+def _interval(found: Estimate) -> str:
     """Return `0.480 to 0.544`; nothing where there is no interval."""
-    if isinstance(found, Estimate):
-        low, high = found.low, found.high
-    else:
-        low, high = (found.get("low"), found.get("high")) if found else (None, None)
-    return "" if low is None or high is None or low == high else f"{_number(low)} to {_number(high)}"
+    return "" if found.low is None else f"{_number(found.low)} to {_number(found.high)}"
 
 
 def _length(seconds: float) -> str:
@@ -400,11 +380,3 @@ def _length(seconds: float) -> str:
 
 def _moment(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-from evomerge.fitness.scoring import TaskRule, bootstrap
+from evomerge.fitness.scoring import Interval, Resampled, TaskRule, plain_rules
 from evomerge.fitness.selection import (
     LEVEL,
+    Gain,
     baseline_name,
+    by_select,
     finalists,
-    gains,
     is_baseline,
     kept_baselines,
     search_score,
@@ -52,22 +53,34 @@ class Summary:
         self.chosen = selected is not None
         self.best = selected if selected is not None else (-max(searched)[1] if searched else None)
 
-    @property
+    @cached_property
     def rules(self) -> dict[str, TaskRule]:
         """Task name to rule."""
         if self.run.facts.get("rules"):
             return {name: TaskRule(**rule) for name, rule in self.run.facts["rules"].items()}
         values = next((o.values for o in self.outcomes.values() if o.values), {})
-        # As `fitness.function.rules_of`, which lives beside torch.
-        return {name: TaskRule("mean", 1.0, True, "score", name) for name in values}
+        return plain_rules(values)
 
-    def scores(self, number: int, key: str, *, interval: bool = False) -> dict[str, Any] | None:
-        """Return a candidate's score on a document set; None if it has none.
+    @cached_property
+    def _resampled(self) -> dict[str, tuple[list[int], Resampled]]:
+        """Split to the numbers of the models that intervals are given for, and their resamples."""
+        found = {}
+        seed = int(self.run.config.get("seed", 0))
+        shown = [*([] if self.best is None else [self.best]), *(c.number for c in self.baselines)]
+        for key in ("select", "test"):
+            scored = {n: self.outcomes[n, key] for n in dict.fromkeys(shown) if (n, key) in self.outcomes}
+            numbers = [
+                n for n, o in scored.items() if o.status == "ok" and o.values.keys() == self.rules.keys()
+            ]
+            if numbers:
+                values = [scored[n].values for n in numbers]
+                found[key] = numbers, Resampled(self.rules, values, level=LEVEL, seed=seed)
+        return found
 
-        Args:
-            number: The candidate.
-            key: The document set.
-            interval: Add the bootstrap interval, from the documents' values.
+    def scores(self, number: int, key: str) -> dict[str, Any] | None:
+        """Return a candidate's score on a document set with intervals where there are any; None if unscored.
+
+        Intervals are given on `select` and `test` for the best candidate and the baselines.
         """
         outcome = self.outcomes.get((number, key))
         if outcome is None or outcome.score is None:
@@ -77,22 +90,13 @@ class Summary:
             "stderr": outcome.stderr,
             "tasks": {n: {"metric": t.metric, "stderr": t.stderr} for n, t in outcome.tasks.items()},
         }
-        if interval and outcome.values:
-            found = bootstrap(self.rules, outcome.values, level=LEVEL, seed=self._seed)
-            data |= {"low": found.low, "high": found.high}
+        numbers, resampled = self._resampled.get(key, ([], None))
+        if resampled is not None and number in numbers:
+            model = numbers.index(number)
+            data |= _ends(resampled.score(model))
             for name, task in data["tasks"].items():
-                alone = bootstrap(
-                    {name: _positive(self.rules[name])},
-                    {name: outcome.values[name]},
-                    level=LEVEL,
-                    seed=self._seed,
-                )
-                task |= {"low": alone.low, "high": alone.high}
+                task |= _ends(resampled.task(model, name))
         return data
-
-    @property
-    def _seed(self) -> int:
-        return int(self.run.config.get("seed", 0))
 
     def row(self, candidate: Candidate, name: str) -> dict[str, Any]:
         """Return one line of the result table."""
@@ -102,26 +106,50 @@ class Summary:
             "candidate": number,
             "origin": candidate.origin,
             "search": self.search.get(number),
-            "select": self.scores(number, "select", interval=True),
-            "test": self.scores(number, "test", interval=True),
+            "select": self.scores(number, "select"),
+            "test": self.scores(number, "test"),
         }
 
-    def gains(self) -> list[dict[str, Any]]:
-        """Return the winner's gain over each baseline on test; the best baseline on select comes first."""
-        if self.best is None or not self.chosen:
+    @cached_property
+    def gains(self) -> list[Gain]:
+        """The winner's gain over each baseline on test; the best baseline on select comes first."""
+        numbers, resampled = self._resampled.get("test", ([], None))
+        if self.best is None or not self.chosen or resampled is None or self.best not in numbers:
             return []
-        found = gains(self.best, self.baselines, self.outcomes, self.rules, self._seed)
+        mine = numbers.index(self.best)
         return [
-            {
-                "over": gain.over,
-                "mean": gain.interval.mean,
-                "low": gain.interval.low,
-                "high": gain.interval.high,
-                "level": gain.interval.level,
-                "shown": gain.shown,
-            }
-            for gain in found
+            Gain(baseline_name(c), resampled.gain(mine, numbers.index(c.number)))
+            for c in by_select(self.baselines, self.outcomes)
+            if c.number in numbers
         ]
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: whether the winner beats the best baseline."""
+        if self.best is None:
+            return "No candidate has been scored."
+        if not self.chosen:
+            score = f"{self.search[self.best]:.3f}"
+            return (
+                f"No winner has been chosen yet. The best search score so far is {score}; that is optimistic."
+            )
+        if (self.best, "test") not in self.outcomes:
+            return "The winner has not been measured on the test documents yet."
+        if not self.gains:
+            return "The winner was measured on the test documents; there is no baseline to compare it with."
+        gain, mean = self.gains[0], f"{100 * self.gains[0].interval.mean:+.1f} points"
+        if gain.interval.low is None or gain.interval.high is None:
+            return (
+                f"On test the winner scores {mean} against the best baseline, {gain.over}; with one number "
+                "per task, how much of it is chance is unknown."
+            )
+        points = f"{mean} ({100 * gain.interval.low:+.1f} to {100 * gain.interval.high:+.1f})"
+        if gain.shown:
+            return f"On test the winner beats the best baseline, {gain.over}, by {points}."
+        return (
+            f"On test the winner is not shown to beat the best baseline, {gain.over}: {points}. "
+            "Prefer the baseline, or search with more documents."
+        )
 
     def failures(self) -> list[dict[str, Any]]:
         """Return every outcome that is not ok."""
@@ -169,7 +197,16 @@ class Summary:
                 "recipe": dict(candidate.recipe),
                 "digest": candidate.digest,
             }
-        found = self.gains()
+        found = [
+            {
+                "over": gain.over,
+                "mean": gain.interval.mean,
+                **_ends(gain.interval),
+                "level": LEVEL,
+                "shown": gain.shown,
+            }
+            for gain in self.gains
+        ]
         evaluations = sum(c.index is not None for c in self.candidates.values())
         return {
             "name": run.name,
@@ -184,6 +221,7 @@ class Summary:
             "baselines": [self.row(c, baseline_name(c)) for c in self.baselines],
             "gain": found[0] if found else None,
             "gains": found,
+            "verdict": self.verdict,
             "looks_at_test": sum(event.kind == "test_opened" for event in run.events()),
             "seconds": self.seconds(),
         }
@@ -194,19 +232,5 @@ def status_of(run: RunView) -> str:
     return "interrupted" if run.status == "running" and not run.owner_alive else run.status
 
 
-def verdict(gains: Sequence[Mapping[str, Any]]) -> str:
-    """Return in one sentence whether the winner beats the best baseline."""
-    if not gains:
-        return "The winner has not been measured on the test documents yet."
-    first = gains[0]
-    points = f"{100 * first['mean']:+.1f} points ({100 * first['low']:+.1f} to {100 * first['high']:+.1f})"
-    if first["low"] > 0:
-        return f"On test the winner beats the best baseline, {first['over']}, by {points}."
-    return (
-        f"On test the winner is not shown to beat the best baseline, {first['over']}: {points}. "
-        "Prefer the baseline, or search with more documents."
-    )
-
-
-def _positive(rule: TaskRule) -> TaskRule:
-    return TaskRule(rule.kind, 1.0, True, rule.metric, rule.group)
+def _ends(interval: Interval) -> dict[str, float | None]:
+    return {"low": interval.low, "high": interval.high}

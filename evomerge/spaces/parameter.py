@@ -57,6 +57,8 @@ class Gene:
         if self.span.choices:
             return self.span.choices[int(gene)]
         low, high = self._bounds
+        if gene in (0.0, 1.0):
+            return high if gene else low
         if self.span.log:
             value = math.exp((1.0 - gene) * math.log(low) + gene * math.log(high))
         else:

@@ -76,7 +76,11 @@ class Span(StrictModel):
 
 
 class SeedSpan(StrictModel):
-    """Search the seed of random masks among `count` seeds."""
+    """A searched seed of random masks.
+
+    Attributes:
+        count: Seeds to choose from: 0 to `count` - 1.
+    """
 
     count: int = Field(ge=2, le=1000)
 

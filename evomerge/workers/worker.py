@@ -61,21 +61,25 @@ class Worker:
     def run(self, job: Job) -> Outcome:
         """Build and score one candidate."""
         started = time.perf_counter()
-        merged = started
         try:
-            recipe = parse_recipe(dict(job.recipe), "recipe")
-            self._live.apply(recipe)
-            merged = time.perf_counter()
-            evaluation = self._evaluate(recipe, DocumentSet.of_key(job.documents))
+            return self._run(job, started)
         except CandidateError as problem:
             return self._failed(job, "invalid", str(problem), started)
         except EvomergeError as problem:
             return self._failed(job, "failed", str(problem), started)
-        except Exception as problem:  # whatever a task or callable raises costs this candidate only
+        # Whatever a task or callable raises, `sys.exit` too, costs this candidate only.
+        except (Exception, SystemExit) as problem:
             place = traceback.extract_tb(problem.__traceback__)[-1]
             text = (str(problem).splitlines() or [""])[0]
             reason = f"{type(problem).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"
             return self._failed(job, "failed", reason, started)
+
+    def _run(self, job: Job, started: float) -> Outcome:
+        recipe = parse_recipe(dict(job.recipe), "recipe")
+        self._live.apply(recipe)
+        self._live.model.eval()  # a callable may have left it in training mode
+        merged = time.perf_counter()
+        evaluation = self._evaluate(recipe, DocumentSet.of_key(job.documents))
         ended = time.perf_counter()
         return Outcome(
             candidate=job.candidate,

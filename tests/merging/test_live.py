@@ -158,24 +158,29 @@ def test_config_without_dtype_leaves_it_to_the_weights(dtype: torch.dtype, tmp_p
     assert live.model.dtype == dtype
 
 
+@pytest.mark.parametrize("method", ["linear", "dare_linear"])
 @pytest.mark.parametrize("alike", [True, False])
 def test_head_stored_beside_the_embedding_it_is_tied_to_is_followed_as_transformers_does(
-    alike: bool, tmp_path: Path
+    alike: bool, method: str, tmp_path: Path
 ) -> None:
     """A type that is tied by default, whose config does not say so: nothing tells before it is loaded."""
-    checkpoints = models(tmp_path, "olmo", count=2, config={"tie_word_embeddings": False})
+    checkpoints = models(tmp_path, "smollm3", count=2, config={"tie_word_embeddings": False})
     for name, checkpoint in checkpoints.items():
         path = checkpoint.path / "model.safetensors"
         tensors = load_file(path)
         if alike:
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         save_file(tensors, path, {"format": "pt"})
+        edit_json(checkpoint.path / "config.json", tie_word_embeddings=None)
         checkpoints[name] = Checkpoint.open(checkpoint.path)
-    live = live_of(checkpoints, "a")
+    live = live_of(checkpoints, "a" if method == "linear" else "base")
     for number, shift in enumerate((0.1, 0.0)):
-        recipe = usual("linear", checkpoints, shift)
+        recipe = usual(method, checkpoints, shift)
         live.apply(recipe)
-        assert_same_model(live.model, exported(recipe, checkpoints, tmp_path / f"out{number}"))
+        loaded = exported(recipe, checkpoints, tmp_path / f"out{number}")
+        tied = loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
+        assert tied == (alike and method == "linear"), "what this test is about"
+        assert_same_model(live.model, loaded)
 
 
 def test_generation_config_and_tokenizer_are_taken_over(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from evomerge.fitness.scoring import TaskRule, aggregate, combine, combined_error, standard_error
+from evomerge.fitness.selection import kept_baselines, search_score
 from evomerge.recipe import Recipe, SourceRef, parse_recipe
 from evomerge.records import Candidate, DocumentSet, Genome, Outcome, Place, TaskScore
 from evomerge.spaces.parameter import ParameterSpace
@@ -172,7 +173,7 @@ class Made:
         return parse_recipe(data, "test")
 
     def baselines(self) -> list[int]:
-        """Record and score the sources and the simple merges; return the sources and the best merge."""
+        """Record and score the sources and the simple merges; return those that count."""
         numbers = [
             self.add(f"source:{n}", self.linear([n]), -0.9 + 0.35 * i) for i, n in enumerate(self.refs)
         ]
@@ -182,7 +183,8 @@ class Made:
             numbers.append(number)
         for number in numbers:
             self.score(number, "search")
-        return numbers
+        found = search_score(self.run.outcomes(values=False))
+        return [c.number for c in kept_baselines(self.run.candidates(), found)]
 
     def search(
         self, count: int, *, fails: Mapping[int, tuple[str, str]] | None = None, resampled: bool = False
@@ -207,12 +209,16 @@ class Made:
 
     def finish(self, baselines: Sequence[int], searched: Sequence[int], *, test: bool = True) -> int:
         """Score the best four on select, the best of them and the baselines on test; return it."""
-        best = sorted(searched, key=lambda n: -self.good[str(n)])[:4]
-        scored = {o.candidate: o.score or -9.0 for o in self.run.outcomes(values=False)}
-        best = sorted(searched, key=lambda n: -scored.get(n, -9.0))[:4]
+        scored = {
+            o.candidate: o.score if o.score is not None else -math.inf
+            for o in self.run.outcomes(values=False)
+        }
+        best = sorted(searched, key=lambda n: -scored.get(n, -math.inf))[:4]
         for number in (*best, *baselines):
             self.score(number, "select")
-        selected = {o.candidate: o.score or -9.0 for o in self.run.outcomes("select")}
+        selected = {
+            o.candidate: o.score if o.score is not None else -math.inf for o in self.run.outcomes("select")
+        }
         winner = max(best, key=lambda n: selected[n])
         if test:
             self.run.add_event("test_opened", {"winner": winner, "look": 1})
@@ -235,6 +241,6 @@ def finished(store: Store, count: int = 120, **options: Any) -> Made:
     made.run.add_event("started", {"pid": 1, "workers": 2})
     baselines = made.baselines()
     searched = made.search(count, fails=FAILURES)
-    made.finish([n for n in baselines if n != baselines[-2]], searched)
+    made.finish(baselines, searched)
     made.run.release("finished")
     return made

@@ -8,16 +8,28 @@ uniform draw, so the masks of all candidates of a run are nested and fitness is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from evomerge.merging.methods.affine import shares
-from evomerge.merging.methods.base import Kernel, Sources, Values, blocks, kernel, total, uniform_codes
+from evomerge.merging.methods.base import (
+    Kernel,
+    Sources,
+    Values,
+    block_buffers,
+    blocks,
+    in_float32,
+    kernel,
+    total,
+    uniform_codes,
+)
 
 SMALLEST_DIVISOR = 1e-8
 _LARGEST = 2**31 - 1
+_SIGN_BIT = -(2**31)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +50,8 @@ class Thinned:
 def _deltas(sources: Sources) -> tuple[Tensor, ...]:
     if sources.base is None:
         raise ValueError("a kernel that works on deltas was given no base")
-    base = sources.base.view(-1).float()
-    return tuple(tensor.view(-1).float() - base for tensor in sources.tensors)
+    base = sources.base.view(-1)
+    return tuple(tensor.view(-1).to(torch.float32, copy=True).sub_(base) for tensor in sources.tensors)
 
 
 def magnitude_ranks(delta: Tensor) -> Tensor:
@@ -48,15 +60,20 @@ def magnitude_ranks(delta: Tensor) -> Tensor:
     Sorted are integers of the magnitude's bits, largest first, before the entry's index: no two are equal,
     so any sort will do, and NumPy's is many times faster than an argsort of floats.
     """
-    keys = (_LARGEST - delta.abs().view(torch.int32)).to(torch.int64).mul_(2**32)
-    keys += torch.arange(delta.numel(), device=delta.device)
-    if delta.device.type == "cpu":
+    count, device = delta.numel(), delta.device
+    keys = torch.empty(count, dtype=torch.int64, device=device)
+    for part in blocks(count, device):
+        magnitudes = delta[part].abs().view(torch.int32)
+        torch.arange(part.start, part.stop, out=keys[part])
+        keys[part].add_(_LARGEST - magnitudes, alpha=2**32)
+    if device.type == "cpu":
         keys.numpy().sort()
     else:
         keys = keys.sort().values
-    order = keys.bitwise_and_(2**32 - 1)
-    ranks = torch.empty(delta.numel(), dtype=torch.int32, device=delta.device)
-    ranks[order] = torch.arange(delta.numel(), dtype=torch.int32, device=delta.device)
+    ranks = torch.empty(count, dtype=torch.int32, device=device)
+    for part in blocks(count, device):
+        order = keys[part] & (2**32 - 1)
+        ranks[order] = torch.arange(part.start, part.stop, dtype=torch.int32, device=device)
     return ranks
 
 
@@ -68,9 +85,16 @@ class Cut:
     weight: float
     factor: float = 1.0
 
-    def thinned(self, delta: Tensor, codes: Tensor) -> Tensor:
-        """Return the weighted delta with all other entries zero; new memory of the block's size."""
-        return torch.where(codes < self.limit, delta, 0.0).mul_(self.factor * self.weight)
+    def thin(self, delta: Tensor, codes: Tensor, out: Tensor) -> None:
+        """Write the weighted delta to `out`, all other entries zero.
+
+        A code minus the limit is negative where the entry is kept; its sign, spread over all bits, masks the
+        delta's bits. That is several times faster than a comparison and `torch.where`.
+        """
+        bits = out.view(torch.int32)
+        torch.sub(codes, self.limit, out=bits)
+        bits.bitwise_right_shift_(31).bitwise_and_(delta.view(torch.int32))
+        out.mul_(self.factor * self.weight)
 
 
 class _Thinning(Kernel):
@@ -88,42 +112,56 @@ class _Thinning(Kernel):
         weights = shares(values.numbers("weight"), normalize and not self.votes)
         cuts = [self.cut(prepared, values, i, weight) for i, weight in enumerate(weights)]
         base, flat_out = sources.base.view(-1), out.view(-1)  # type: ignore[union-attr]
+        buffers = block_buffers(len(cuts) + 2, flat_out)
         for part in blocks(flat_out.numel(), out.device):
-            pieces = [
-                cut.thinned(delta[part], codes[part])
-                for cut, delta, codes in zip(cuts, prepared.deltas, prepared.codes, strict=True)
-            ]
-            merged = elect(pieces, weights, normalize) if self.votes else _sum(pieces)
-            flat_out[part].copy_(merged.mul_(scale).add_(base[part]))
+            *pieces, first, second = buffers[:, : part.stop - part.start]
+            for cut, delta, codes, piece in zip(cuts, prepared.deltas, prepared.codes, pieces, strict=True):
+                cut.thin(delta[part], codes[part], piece)
+            if self.votes:
+                merged = elect(pieces, weights, normalize, first, second)
+            else:
+                merged = _sum(pieces, pieces[0])
+            merged.mul_(scale).add_(in_float32(base[part], first))
+            flat_out[part].copy_(merged)
 
 
-def _sum(pieces: list[Tensor]) -> Tensor:
-    merged = pieces[0]
+def _sum(pieces: Sequence[Tensor], out: Tensor) -> Tensor:
+    if out is not pieces[0]:
+        out.copy_(pieces[0])
     for piece in pieces[1:]:
-        merged.add_(piece)
-    return merged
+        out.add_(piece)
+    return out
 
 
-def elect(pieces: list[Tensor], weights: list[float], normalize: bool) -> Tensor:
-    """Sum the weighted deltas that agree with the sign of their sum; zero sums elect plus.
+def elect(
+    pieces: Sequence[Tensor], weights: Sequence[float], normalize: bool, first: Tensor, second: Tensor
+) -> Tensor:
+    """Return the sum of the weighted deltas that agree with the sign of their sum; zero sums elect plus.
 
     Args:
-        pieces: Weighted, thinned deltas, flat, of one length; overwritten.
+        pieces: Weighted, thinned deltas, flat, float32, of one length; overwritten.
         weights: Their weights.
         normalize: Divide by the sum of the weights of those that agree.
+        first: A buffer of that length, which may hold the result.
+        second: Another one.
     """
-    vote = _sum([pieces[0].clone(), *pieces[1:]])
-    sign = vote.ge_(0.0).mul_(2.0).sub_(1.0)
-    # A piece times the elected sign is positive where it agrees; signs change no bits of a sum.
-    agreeing = [piece.mul_(sign).clamp_(min=0.0) for piece in pieces]
-    merged = _sum([agreeing[0].clone(), *agreeing[1:]])
+    vote = _sum(pieces, first).add_(0.0)  # no minus zero
+    sign = vote.view(torch.int32).bitwise_and_(_SIGN_BIT)
+    for piece in pieces:  # positive where it agrees, else zero
+        piece.view(torch.int32).bitwise_xor_(sign)
+        piece.clamp_(min=0.0)
+    merged = _sum(pieces, second)
+    merged.view(torch.int32).bitwise_xor_(sign)
     if normalize:
-        divisor = torch.zeros_like(merged)
-        for piece, weight in zip(agreeing, weights, strict=True):
+        divisor = first.zero_()
+        for piece, weight in zip(pieces, weights, strict=True):
             divisor.add_(piece.sign_(), alpha=weight)
-        divisor.masked_fill_(divisor.abs() < SMALLEST_DIVISOR, 1.0)
+        if min(weights) >= 0:
+            divisor.clamp_(min=SMALLEST_DIVISOR)
+        else:
+            divisor.masked_fill_(divisor.abs() < SMALLEST_DIVISOR, 1.0)
         merged.div_(divisor)
-    return merged.mul_(sign)
+    return merged
 
 
 @kernel("ties")
@@ -158,7 +196,9 @@ class _Dare(_Thinning):
             return Cut(limit, weight)
         if rescale == "expectation":
             return Cut(limit, weight, 2**24 / limit)
-        remaining = total(torch.where(prepared.codes[i] < limit, prepared.deltas[i], 0.0).abs_())
+        kept = torch.empty_like(prepared.deltas[i])
+        Cut(limit, 1.0).thin(prepared.deltas[i], prepared.codes[i], kept)
+        remaining = total(kept.abs_())
         return Cut(limit, weight, prepared.norms[i] / remaining if remaining else 1.0)
 
 
