@@ -145,9 +145,9 @@ class Made:
             number,
             key,
             "ok",
-            score=float(combine(self.rules, metrics)[0]),
+            score=float(combine(self.rules, metrics)),
             stderr=combined_error(self.rules, errors),
-            tasks={t: TaskScore(float(metrics[t][0]), errors[t]) for t in self.rules},
+            tasks={t: TaskScore(metrics[t], errors[t]) for t in self.rules},
             values=values,
             cost={"merge": 0.4, "evaluate": 2.0 + 0.01 * count, "total": 2.6 + 0.01 * count, "attempts": 1},
         )
