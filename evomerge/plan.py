@@ -141,12 +141,12 @@ class Plan:
         return parse_recipe(data, "baseline")
 
     def _fingerprinted(self, recipe: Recipe, where: str) -> Recipe:
-        """Return a recipe file with this run's sources in place of its own, matched by name or path."""
+        """Return a recipe file with this run's sources in place of its own, matched by path, else name."""
         data = recipe.to_json()
         by_path = {str(self.checkpoints[name].path): ref for name, ref in self.refs.items()}
         for entry in [*data["sources"], *([data["base"]] if "base" in data else [])]:
             resolved = str((self.base_dir / where).parent.joinpath(entry["path"]).resolve())
-            ref = self.refs.get(entry["name"]) or by_path.get(resolved)
+            ref = by_path.get(resolved) or self.refs.get(entry["name"])
             if ref is None:
                 raise ConfigError(f"optimizer.start: {where}: {entry['name']} is not a source of this run")
             entry.update(ref.model_dump(exclude_none=True))

@@ -242,6 +242,21 @@ class Recipe(StrictModel):
         }
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
+    def located(self, base_dir: Path) -> Recipe:
+        """Return it with local sources by absolute path, so that it can be used from anywhere.
+
+        Args:
+            base_dir: What its relative paths are relative to.
+        """
+
+        def moved(ref: SourceRef) -> dict[str, str]:
+            folder = base_dir / ref.path
+            return {"path": str(folder.resolve())} if folder.is_dir() else {}
+
+        base = self.base.model_copy(update=moved(self.base)) if self.base else None
+        sources = tuple(source.model_copy(update=moved(source)) for source in self.sources)
+        return self.model_copy(update={"base": base, "sources": sources})
+
     def to_json(self) -> dict[str, Any]:
         """Return plain data that `Recipe.model_validate` takes back."""
         data: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)

@@ -120,29 +120,28 @@ def recipe(
     as_json: JsonOption = False,
 ) -> None:
     """Print the recipe of the winner or of any candidate."""
-    import yaml
-
     from evomerge.cli.display import print_json
     from evomerge.errors import StoreError
     from evomerge.recipe import parse_recipe
     from evomerge.report.summary import Summary
+    from evomerge.strict import dump_yaml
 
     with open_store(store) as opened:
         view = opened.run(run)
         number = Summary(view).best if candidate is None else candidate
         if number is None:
             raise StoreError(f'run "{run}": no candidate has been scored yet')
-        found = parse_recipe(dict(view.candidate(number).recipe), f"candidate {number}")
-        base_dir = Path(view.facts["base_dir"])
+        stored = parse_recipe(dict(view.candidate(number).recipe), f"candidate {number}")
+        found = stored.located(Path(view.facts["base_dir"]))
     if format == "mergekit":
         from evomerge.checkpoints.layout import layout_of
         from evomerge.checkpoints.source import Checkpoint, resolve
         from evomerge.mergekit import to_mergekit
 
         first = found.reference
-        layout = layout_of(Checkpoint.open(resolve(first.path, first.revision, base_dir=base_dir)))
+        layout = layout_of(Checkpoint.open(resolve(first.path, first.revision)))
         data = to_mergekit(found, layout)
-        print_json(data) if as_json else typer.echo(yaml.safe_dump(data, sort_keys=False), nl=False)
+        print_json(data) if as_json else typer.echo(dump_yaml(data), nl=False)
     elif as_json:
         print_json(found.to_json())
     else:

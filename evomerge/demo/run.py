@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from evomerge.demo.world import World, build_world
+from evomerge.strict import dump_yaml
 
 HEADER = """\
 # Written by `evomerge demo`. It is an ordinary run config: change it, give it another name, and try
@@ -31,8 +30,7 @@ def demo_config(world: World, folder: Path, *, seed: int, workers: int) -> dict[
         },
         "space": {
             "method": "task_arithmetic",
-            "parameters": {"weight": {"low": 0.0, "high": 1.5}},
-            "granularity": {"anchors": 2},
+            "parameters": {"weight": {"low": 0.0, "high": 1.0}},
         },
         "optimizer": {"name": "cma_es", "population": 8},
         "fitness": {
@@ -40,7 +38,7 @@ def demo_config(world: World, folder: Path, *, seed: int, workers: int) -> dict[
             "tasks": list(world.tasks),
             "documents": {"search": 100, "select": 100, "test": "rest"},
         },
-        "budget": {"evaluations": 96},
+        "budget": {"evaluations": 96, "finalists": 9},
         "workers": {"count": workers, "cpus": 1},
         "output": {"folder": f"{folder}/result-{seed}", "export": True, "report": True},
     }
@@ -60,6 +58,6 @@ def prepare(folder: Path, *, seed: int, workers: int, progress: Callable[[str, i
     """
     world = build_world(folder / "world", progress=progress)
     path = folder / f"demo-{seed}.yaml"
-    text = yaml.safe_dump(demo_config(world, folder, seed=seed, workers=workers), sort_keys=False)
+    text = dump_yaml(demo_config(world, folder, seed=seed, workers=workers))
     path.write_text(HEADER.format(path=path, store=folder / "evomerge.db") + text)
     return path

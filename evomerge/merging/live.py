@@ -87,7 +87,7 @@ class LiveModel:
         self.model = self._targets = None  # room for the new one
         state = {name: self._merger.merge(recipe, name) for name in self._layout.places}
         with quiet():
-            with torch.device("meta"):
+            with torch.device("meta"):  # the config is copied, as transformers writes into it
                 kind = type(AutoModelForCausalLM.from_config(copy.deepcopy(self._config)))
             model, info = kind.from_pretrained(
                 None, config=self._config, state_dict=dict(state), dtype=dtype, output_loading_info=True

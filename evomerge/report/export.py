@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from evomerge.checkpoints.card import Row, SourceCard, model_card, read_license
 from evomerge.checkpoints.layout import layout_of
 from evomerge.checkpoints.source import Checkpoint
@@ -17,6 +15,7 @@ from evomerge.merging.stream import open_sources, write_model
 from evomerge.recipe import Recipe, parse_recipe
 from evomerge.report.summary import Summary
 from evomerge.store import RunView
+from evomerge.strict import dump_yaml
 
 Notice = Callable[[str], None]
 
@@ -46,8 +45,9 @@ def export_candidate(
         raise StoreError(f'run "{run.name}": no candidate has been scored yet, so there is nothing to export')
     if number not in summary.candidates:
         raise StoreError(f'run "{run.name}": there is no candidate {number}')
-    recipe = parse_recipe(dict(summary.candidates[number].recipe), f"candidate {number}")
-    opened = open_sources(recipe.refs, Path(run.facts["base_dir"]))
+    stored = parse_recipe(dict(summary.candidates[number].recipe), f"candidate {number}")
+    recipe = stored.located(Path(run.facts["base_dir"]))
+    opened = open_sources(recipe.refs)
     for ref in recipe.refs:
         if opened[ref.name].fingerprint != ref.fingerprint:
             raise StoreError(
@@ -70,7 +70,7 @@ def mergekit_yaml(recipe: Recipe, opened: dict[str, Checkpoint]) -> str | None:
         config = to_mergekit(recipe, layout_of(opened[recipe.reference.name]))
     except RecipeError:
         return None
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    return dump_yaml(config)
 
 
 def _card(summary: Summary, number: int, recipe: Recipe, opened: dict[str, Checkpoint], name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -34,10 +34,10 @@ class WorkerSettings(StrictModel):
     """
 
     pool: Literal["ray", "inline"] = "ray"
-    count: int | Literal["auto"] = Field(default="auto")
+    count: Annotated[int, Field(ge=1, le=10_000)] | Literal["auto"] = "auto"
     cpus: float = Field(default=1.0, gt=0)
     gpus: float | None = Field(default=None, ge=0)
-    resources: dict[str, float] = Field(default_factory=dict)
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     threads: int | None = Field(default=None, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Dtype | None = None

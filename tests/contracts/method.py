@@ -89,6 +89,11 @@ def raw(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def scaled(factor: float) -> dict[str, Any]:
+    """Return the parameter whose name is a word of Python's."""
+    return {"lambda": factor}
+
+
 def same_bits(first: Tensor, second: Tensor) -> bool:
     return first.dtype == second.dtype and first.shape == second.shape and raw(first) == raw(second)
 
@@ -172,7 +177,7 @@ class MethodContract:
         base: Any = None,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
-        **method: Scalar,
+        **method: Any,
     ) -> Case:
         """Return a case from nested lists or tensors; `parameters` are those of the sources."""
         tensors = tuple(torch.as_tensor(source).to(dtype) for source in sources)
@@ -373,7 +378,7 @@ class DeltaContract(MethodContract):
 
     @pytest.mark.parametrize("normalize", [False, True])
     def test_lambda_zero_gives_the_base(self, normalize: bool) -> None:
-        case = self.random_case((11, 13), seed=13, normalize=normalize, **{"lambda": 0.0})
+        case = self.random_case((11, 13), seed=13, normalize=normalize, **scaled(0.0))
         assert case.base is not None
         assert same_bits(self.merged(case), case.base)
 

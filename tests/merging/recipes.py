@@ -47,8 +47,8 @@ def recipe_of(
         for name, checkpoint in checkpoints.items()
     }
     names = [name for name in checkpoints if name != "base"][: entry.max_sources]
-    defaults = {"t": 0.3} if method == "slerp" else {}
-    data = {
+    defaults: dict[str, Any] = {"t": 0.3} if method == "slerp" else {}
+    data: dict[str, Any] = {
         "method": method,
         "sources": [{**refs[name], "parameters": given.get(name, {})} for name in names],
         "parameters": {**defaults, **given.get("method", {})},

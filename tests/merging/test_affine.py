@@ -14,7 +14,16 @@ import torch
 from evomerge.errors import CandidateError
 from evomerge.merging.methods import KERNELS, Sources
 from evomerge.recipe import Scalar
-from tests.contracts.method import DTYPES, Case, DeltaContract, Expected, MethodContract, flat, same_bits
+from tests.contracts.method import (
+    DTYPES,
+    Case,
+    DeltaContract,
+    Expected,
+    MethodContract,
+    flat,
+    same_bits,
+    scaled,
+)
 from tests.merging.fixture import BASE, TAU
 
 Parameters = tuple[dict[str, Scalar], list[dict[str, Scalar]]]
@@ -71,6 +80,11 @@ class TestLinear(MethodContract):
         case = self.case([*THETA[:2], broken], weighted(0.5, 0.5, 0.0))
         assert bool(self.merged(case).isfinite().all())
 
+    def test_source_of_weight_one_keeps_every_bit_of_float64(self) -> None:
+        wide = [torch.tensor([1 / 3, 1e-300]).double(), torch.ones(2).double()]
+        case = self.case(wide, weighted(1.0, 0.0), dtype=torch.float64)
+        assert same_bits(self.merged(case), case.tensors[0])
+
     def test_bfloat16_sum_of_many_sources_does_not_lose_the_small_ones(self) -> None:
         ones = torch.ones(8, dtype=torch.bfloat16)
         case = self.case([ones * 256, *[ones] * 16], weighted(*[1.0] * 17), dtype=torch.bfloat16)
@@ -100,11 +114,11 @@ class TestTaskArithmetic(DeltaContract):
         return {"normalize": True}, weighted(*(0.3 + i for i in range(count)))
 
     def test_worked_example(self) -> None:
-        case = self.case(THETA, base=BASE, **{"lambda": 0.5})
+        case = self.case(THETA, base=BASE, **scaled(0.5))
         np.testing.assert_allclose(flat(self.merged(case)), [4.5, 1, 1, 0, 3.5, -0.75], atol=1e-6)
 
     def test_negative_lambda_takes_a_task_away(self) -> None:
-        case = self.case(THETA[:1], base=BASE, **{"lambda": -1.0})
+        case = self.case(THETA[:1], base=BASE, **scaled(-1.0))
         np.testing.assert_allclose(flat(self.merged(case)), BASE - TAU[0], atol=1e-6)
 
     def test_weights_that_sum_to_zero_cannot_be_normalised(self) -> None:

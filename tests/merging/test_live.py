@@ -53,7 +53,7 @@ def exported(recipe: Recipe, checkpoints: dict[str, Checkpoint], target: Path) -
     return AutoModelForCausalLM.from_pretrained(target)
 
 
-CASES = {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in FAMILIES},
     "llama bfloat16": ("llama", {"dtype": torch.bfloat16}),
     "llama float16": ("llama", {"dtype": torch.float16}),
@@ -174,6 +174,7 @@ def test_head_stored_beside_the_embedding_it_is_tied_to_is_followed_as_transform
         edit_json(checkpoint.path / "config.json", tie_word_embeddings=None)
         checkpoints[name] = Checkpoint.open(checkpoint.path)
     live = live_of(checkpoints, "a" if method == "linear" else "base")
+    live.apply(recipe_of(method, checkpoints))  # nothing is dropped: what was alike stays so
     for number, shift in enumerate((0.1, 0.0)):
         recipe = usual(method, checkpoints, shift)
         live.apply(recipe)
@@ -198,7 +199,10 @@ def test_generation_config_and_tokenizer_are_taken_over(tmp_path: Path) -> None:
 
 
 def test_bad_candidate_leaves_a_model_that_takes_the_next_one(checkpoints: dict[str, Checkpoint]) -> None:
-    weights = {"a": {"weight": [{"match": "layers.1", "value": -0.5}, {"value": 0.5}]}, "b": {"weight": 0.5}}
+    weights: dict[str, Any] = {
+        "a": {"weight": [{"match": "layers.1", "value": -0.5}, {"value": 0.5}]},
+        "b": {"weight": 0.5},
+    }
     bad = recipe_of("linear", {name: checkpoints[name] for name in ("base", "a", "b")}, weights)
     good = usual("linear", checkpoints)
     live, fresh = live_of(checkpoints, "a"), live_of(checkpoints, "a")

@@ -126,7 +126,7 @@ def test_masks_of_many_sources_and_seeds_overlap_as_chance_has_it() -> None:
 
 def test_runs_of_kept_entries_are_as_long_as_chance_has_it() -> None:
     kept = codes(9) < RANGE // 2
-    windows = sum(kept[i : N - 7 + i].astype(np.int64) << i for i in range(8))[::8]
+    windows = np.sum([kept[i : N - 7 + i].astype(np.int64) << i for i in range(8)], axis=0)[::8]
     assert abs(excess(np.bincount(windows, minlength=256), windows.size / 256)) < 5
 
 

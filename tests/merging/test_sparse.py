@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from evomerge.errors import CandidateError
 from evomerge.merging.methods import KERNELS, Sources, Values, sparse
 from evomerge.merging.methods.base import uniform_codes
 from evomerge.recipe import Scalar
-from tests.contracts.method import Array, Case, Expected, ThinningContract, elected, flat
+from tests.contracts.method import Array, Case, Expected, ThinningContract, elected, flat, scaled
 from tests.merging.fixture import BASE, TAU
 
 Parameters = tuple[dict[str, Scalar], list[dict[str, Scalar]]]
@@ -61,12 +62,16 @@ class TestTies(ThinningContract):
     def averaging(self, count: int) -> Parameters:
         return {}, sources([0.3 + i for i in range(count)], [1.0] * count)
 
-    def f6(self, weights: Sequence[float], densities: Sequence[float], **method: Scalar) -> Array:
+    def f6(self, weights: Sequence[float], densities: Sequence[float], **method: Any) -> Array:
         case = self.case(THETA, sources(weights, densities), base=BASE, **method)
         return flat(self.merged(case)) - BASE
 
     def test_trimming_keeps_the_largest_magnitudes_of_the_worked_example(self) -> None:
-        trimmed = ([4, 0, 0, 0, 3, -5], [0, 3, -2.5, 0, -4, 0], [0, 0, 0, -3, 6, 2.5])
+        trimmed: tuple[list[float], ...] = (
+            [4, 0, 0, 0, 3, -5],
+            [0, 3, -2.5, 0, -4, 0],
+            [0, 0, 0, -3, 6, 2.5],
+        )
         for i, kept in enumerate(trimmed):
             alone = sources([float(i == j) for j in range(3)], [0.5] * 3)
             case = self.case(THETA, alone, base=BASE)
@@ -86,7 +91,7 @@ class TestTies(ThinningContract):
         np.testing.assert_allclose(means, [3, 3, -2.5, -3, 4.5, -5], atol=1e-6)
 
     def test_lambda_scales_the_merged_delta(self) -> None:
-        merged = self.f6([1, 1, 1], [0.5] * 3, **{"lambda": 0.5})
+        merged = self.f6([1, 1, 1], [0.5] * 3, **scaled(0.5))
         np.testing.assert_allclose(merged, np.array([4, 3, -2.5, -3, 4.5, -5]) / 2, atol=1e-6)
 
     def test_trim_is_per_tensor(self) -> None:
@@ -190,7 +195,7 @@ class DareContract(ThinningContract):
         masks: Sequence[Sequence[int]],
         weights: Sequence[float],
         density: float,
-        **method: Scalar,
+        **method: Any,
     ) -> Array:
         """Merge with given masks in place of drawn ones; returns the merged delta."""
         case = self.case(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -146,7 +147,7 @@ def test_target_that_exists_is_refused_before_any_work(
     else:
         target.symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="exists already"):
-        write_model(usual("ties", checkpoints), checkpoints, target, progress=pytest.fail)
+        write_model(usual("ties", checkpoints), checkpoints, target, texts={"a/b": "would be an error"})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -262,15 +263,15 @@ print((peak - before) * 1024)
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
-    """Three bfloat16 models of 72 MB, in 24 equal tensors."""
+    """Three bfloat16 models of 72 MB, in 46 equal tensors."""
     folder, found = tmp_path_factory.mktemp("large"), {}
-    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(22)]
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(44)]
     for seed, name in enumerate(("base", "a", "b")):
-        make_llama(folder / name, layers=22)
+        make_llama(folder / name, layers=44)
         generator = torch.Generator().manual_seed(seed)
         save_file(
             {
-                key: torch.randn(1024, 1536, generator=generator).bfloat16()
+                key: torch.randn(768, 1024, generator=generator).bfloat16()
                 for key in ("model.embed_tokens.weight", "lm_head.weight", *names)
             },
             folder / name / "model.safetensors",
@@ -280,11 +281,11 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     return found
 
 
-@pytest.mark.parametrize(("method", "bytes_per_entry"), [("linear", 8), ("dare_ties", 44), ("ties", 50)])
+@pytest.mark.parametrize(("method", "bytes_per_entry"), [("linear", 16), ("dare_ties", 40), ("ties", 46)])
 def test_memory_is_that_of_a_few_tensors(
     method: str, bytes_per_entry: int, large: dict[str, Checkpoint], tmp_path: Path
 ) -> None:
-    entries = 1024 * 1536
+    entries = 768 * 1024
     assert sum(checkpoint.nbytes for checkpoint in large.values()) > 200e6
     (tmp_path / "recipe.yaml").write_text(usual(method, large).to_yaml())
     run = subprocess.run(
@@ -292,6 +293,7 @@ def test_memory_is_that_of_a_few_tensors(
         capture_output=True,
         text=True,
         check=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "500000"},  # what is freed goes back at once
     )
-    assert Checkpoint.open(tmp_path / "out").nbytes == 48 * entries
-    assert int(run.stdout) < bytes_per_entry * entries, "of 48 bytes an entry that one model has"
+    assert Checkpoint.open(tmp_path / "out").nbytes == 92 * entries
+    assert int(run.stdout) < bytes_per_entry * entries, "a model has 92 bytes for each entry of a tensor"

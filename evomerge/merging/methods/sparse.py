@@ -145,7 +145,7 @@ def elect(
         first: A buffer of that length, which may hold the result.
         second: Another one.
     """
-    vote = _sum(pieces, first).add_(0.0)  # no minus zero
+    vote = _sum(pieces, first)  # minus zero only where every piece is zero, and there it does no harm
     sign = vote.view(torch.int32).bitwise_and_(_SIGN_BIT)
     for piece in pieces:  # positive where it agrees, else zero
         piece.view(torch.int32).bitwise_xor_(sign)
