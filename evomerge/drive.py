@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from evomerge.config import CHANGEABLE, RunConfig, parse_config
 from evomerge.errors import ConfigError, LostRunError, StoreError, UserError
@@ -83,8 +82,7 @@ def resume(
     name: str,
     store: Store,
     *,
-    changes: Mapping[str, Any] | None = None,
-    overrides: tuple[str, ...] = (),
+    overrides: Sequence[str] = (),
     accept_drift: bool = False,
     listener: Listener = lambda progress: None,
     notice: Notice = _silent,
@@ -94,8 +92,7 @@ def resume(
     Args:
         name: The run.
         store: Where it is kept.
-        changes: Changed keys of the config's `budget`, `workers` and `output` sections.
-        overrides: The same as `section.key=value`.
+        overrides: Changes of the config's `budget`, `workers` and `output` sections, as `section.key=value`.
         accept_drift: Go on although sources or tasks changed; the change is recorded.
         listener: Called after each outcome.
         notice: Called with lines for people.
@@ -106,10 +103,7 @@ def resume(
     view = store.run(name)
     if view.owner_alive:
         raise StoreError(f'run "{name}" is driven by {view.owner}; stop that process first')
-    data = {**view.config}
-    for section, values in (changes or {}).items():
-        data[section] = {**(data.get(section) or {}), **values}
-    config = parse_config(data, f"run {name}", overrides)
+    config = parse_config(view.config, f"run {name}", overrides)
     _check_unchanged(view, config)
     notice("reading sources and tasks")
     plan = Plan(config, Path(view.facts["base_dir"]))

@@ -17,7 +17,10 @@ from evomerge.search import Progress as Step
 PLAIN_SECONDS = 5.0
 """Least time between progress lines where there is no terminal."""
 
-console = Console(highlight=False, soft_wrap=False)
+MOST_TASKS = 8
+"""Most columns of tasks in a table on a terminal."""
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True, highlight=False)
 
 
@@ -111,12 +114,12 @@ def moment(seconds: float) -> str:
 
 
 def with_interval(scores: Mapping[str, Any] | None) -> str:
-    """Return `0.512 (0.480 to 0.544)`, a dash where there is nothing."""
+    """Return `0.512 [0.480, 0.544]`, a dash where there is nothing."""
     if scores is None:
         return "-"
     text = f"{scores['score']:.3f}"
     if scores.get("low") is not None:
-        text += f" ({scores['low']:.3f} to {scores['high']:.3f})"
+        text += f" [{scores['low']:.3f}, {scores['high']:.3f}]"
     return text
 
 
@@ -131,7 +134,7 @@ def result_table(data: Mapping[str, Any]) -> Table:
         search = row["search"]
         name = f"winner (#{row['candidate']})" if row["name"] == "winner" else row["name"]
         if row["origin"].startswith("baseline:task_arithmetic@"):
-            name += f" at {row['origin'].partition('@')[2]}"
+            name += f" @{row['origin'].partition('@')[2]}"
         table.add_row(
             name,
             "-" if search is None else f"{search:.3f}",
@@ -142,10 +145,12 @@ def result_table(data: Mapping[str, Any]) -> Table:
     return table
 
 
-def task_table(data: Mapping[str, Any]) -> Table:
-    """Return the test metrics of winner and baselines, one column a task."""
+def task_table(data: Mapping[str, Any]) -> Table | str:
+    """Return the test metrics of winner and baselines, one column a task, as far as they fit."""
     rows = [row for row in ([data["best"]] if data["best"] else []) + data["baselines"] if row["test"]]
     names = list(rows[0]["test"]["tasks"]) if rows else []
+    if len(names) > MOST_TASKS:
+        return f"{len(names)} tasks: the report has their metrics"
     table = Table(title="test metrics by task", title_justify="left")
     table.add_column("model")
     for name in names:

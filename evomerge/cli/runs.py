@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evomerge.cli.options import JsonOption, SetOption, StoreOption, open_store
+from evomerge.cli.options import DEFAULT_STORE, JsonOption, SetOption, StoreOption, open_store
 
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
@@ -33,9 +34,10 @@ def run(
     given += [f"workers.count={workers}"] if workers else []
     parsed = read_config(config, given)
     base_dir = config.parent.resolve()
-    with open_store(store or _store_of(parsed, base_dir), create=True) as opened:
+    where = store or _store_of(parsed, base_dir) or DEFAULT_STORE
+    with open_store(where, create=True) as opened:
         view = drive(parsed, base_dir, opened)
-        finish(view, as_json=as_json)
+        finish(view, where, as_json=as_json)
 
 
 def resume(
@@ -50,25 +52,12 @@ def resume(
     as_json: JsonOption = False,
 ) -> None:
     """Go on with a run that was stopped, killed or finished."""
-    from evomerge import drive as driver
-    from evomerge.cli.display import Listener
-
-    changes: dict[str, Any] = {}
-    if evaluations:
-        changes["budget"] = {"evaluations": evaluations}
-    if workers:
-        changes["workers"] = {"count": workers}
-    with open_store(store) as opened, Listener() as listener:
-        view = driver.resume(
-            run,
-            opened,
-            changes=changes,
-            overrides=tuple(overrides or ()),
-            accept_drift=accept_drift,
-            listener=listener,
-            notice=listener.notice,
-        )
-        finish(view, as_json=as_json)
+    given = list(overrides or [])
+    given += [f"budget.evaluations={evaluations}"] if evaluations else []
+    given += [f"workers.count={workers}"] if workers else []
+    with open_store(store) as opened:
+        view = continued(run, opened, given, accept_drift=accept_drift)
+        finish(view, store or DEFAULT_STORE, as_json=as_json)
 
 
 def drive(config: RunConfig, base_dir: Path, store: Store) -> RunView:
@@ -80,7 +69,25 @@ def drive(config: RunConfig, base_dir: Path, store: Store) -> RunView:
         return driver.start(config, base_dir, store, listener=listener, notice=listener.notice)
 
 
-def finish(view: RunView, *, as_json: bool) -> None:
+def continued(
+    name: str, store: Store, overrides: Sequence[str] = (), *, accept_drift: bool = False
+) -> RunView:
+    """Go on with a run, with progress on standard error."""
+    from evomerge import drive as driver
+    from evomerge.cli.display import Listener
+
+    with Listener() as listener:
+        return driver.resume(
+            name,
+            store,
+            overrides=overrides,
+            accept_drift=accept_drift,
+            listener=listener,
+            notice=listener.notice,
+        )
+
+
+def finish(view: RunView, store: str, *, as_json: bool) -> None:
     """Write what the config asks for and print what was found."""
     from evomerge.cli.display import console, print_json, result_table, task_table
     from evomerge.report.summary import Summary, status_of
@@ -96,17 +103,24 @@ def finish(view: RunView, *, as_json: bool) -> None:
         console.print(task_table(data))
     if data["best"]:
         console.print(data["verdict"], markup=False)
-    if view.status == "finished":
-        for kind, path in files.items():
-            console.print(f"{kind}: {path}", soft_wrap=True)
-        if "model" not in files:
-            console.print(f"next: evomerge export {view.name} OUT", soft_wrap=True)
+    for kind, path in files.items():
+        console.print(f"{kind}: {path}", soft_wrap=True, markup=False)
+    where = f" --store {store}" if store != DEFAULT_STORE else ""
+    if where:
+        console.print(f"store: {store}", soft_wrap=True, markup=False)
+    if view.status != "finished":
+        console.print(f"run {view.name} is {status_of(view)}")
+        step = f"evomerge resume {view.name}{where}"
+    elif "model" in files:
+        longer = 2 * int(view.config["budget"]["evaluations"])
+        step = f"evomerge resume {view.name} --evaluations {longer}{where}    # search on"
     else:
-        console.print(f"run {view.name} is {status_of(view)}; go on with: evomerge resume {view.name}")
+        step = f"evomerge export {view.name} OUT{where}"
+    console.print(f"next: {step}", soft_wrap=True, markup=False)
 
 
 def _outputs(view: RunView) -> dict[str, Path]:
-    """Write the report and the model where the config says so."""
+    """Write the report and the model where the config says so; a longer search may have another winner."""
     from evomerge.config import OutputSettings
 
     output = OutputSettings.model_validate(view.config["output"])
@@ -116,14 +130,18 @@ def _outputs(view: RunView) -> dict[str, Path]:
         from evomerge.report.page import write_report
 
         folder.mkdir(parents=True, exist_ok=True)
-        written["report"] = write_report(view, folder / "report.html")
+        write_report(view, folder / "report.html")
+        written["report"] = folder / "report.html"
     if output.export:
         from evomerge.report.export import export_candidate
+        from evomerge.report.summary import Summary
 
-        target = folder / "model"
+        summary = Summary(view)
+        target = folder / f"model-{summary.best}"
         if not target.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            written["model"] = export_candidate(view, target)
+            export_candidate(view, target)
+        written["model"] = target
     return written
 
 
@@ -165,27 +183,23 @@ def demo(
 ) -> None:
     """Train tiny experts and run the whole job on them, offline, in a few minutes."""
     from evomerge.cli.display import errors
+    from evomerge.config import read_config
     from evomerge.demo.run import prepare
 
     def stage(name: str, done: int, total: int) -> None:
         if done == total or done % 50 == 0:
             errors.print(f"training  {name} {done}/{total}", markup=False)
 
-    config_path = prepare(folder, seed=seed, workers=workers, progress=stage)
-    from evomerge.config import read_config
-
-    parsed = read_config(config_path)
-    with open_store(str(folder / "evomerge.db"), create=True) as opened:
-        known = {view.name for view in opened.runs()}
-        if parsed.name in known:
-            view = opened.run(parsed.name)
-            if view.status != "finished":
-                from evomerge import drive as driver
-
-                view = driver.resume(parsed.name, opened)
-        else:
-            view = drive(parsed, config_path.parent, opened)
-        finish(view, as_json=as_json)
+    parsed = read_config(prepare(folder, seed=seed, workers=workers, progress=stage))
+    where = str(folder / "evomerge.db")
+    with open_store(where, create=True) as opened:
+        known = {view.name: view for view in opened.runs()}
+        view = known.get(parsed.name)
+        if view is None:
+            view = drive(parsed, folder.resolve(), opened)
+        elif view.status != "finished":
+            view = continued(parsed.name, opened)
+        finish(view, where, as_json=as_json)
 
 
 COMMANDS = (demo, run, resume, validate, schema)

@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from evomerge.demo.skills import LETTERS, SKILLS, TrainingDocuments
+from evomerge.merging.live import quiet
 from evomerge.seeding import derive
 
 if TYPE_CHECKING:
@@ -155,7 +156,8 @@ def _encode(pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _save(model: Any, tokenizer: Any, folder: Path, card: str) -> None:
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -258,7 +258,7 @@ def _task_panel(axes: Any, group: TaskRows, row: float, title: float, letters: i
             _dot(axes, estimate, y, look.ink, look.marker, size=size, line=line)
     found = [e for _, estimates in group.rows for _, e in estimates]
     ends = [v for e in found for v in (e.value, e.low, e.high) if v is not None]
-    if min(ends) > 0 and max(ends) > 20 * min(ends):
+    if min(ends) > 0 and max(ends) > max(1.0, 20 * min(ends)):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:g}")
