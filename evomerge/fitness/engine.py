@@ -23,6 +23,8 @@ from evomerge.errors import CandidateError, FitnessError
 from evomerge.fitness.tasks import lm_eval_quiet
 
 MAX_LOGITS_BYTES = 2**30
+CPU_BATCH_TOKENS = 1024
+"""Padded tokens in one forward for log-likelihoods on a CPU; more no longer fit its caches, and are slower."""
 STOCK_BATCH = 16
 """Rows at once where lm-eval's own generation is used."""
 SAMPLING_SEED = 1234
@@ -192,18 +194,23 @@ class Engine:
             sharing[request.tokens].append(i)
         rows = sorted(sharing, key=lambda tokens: (-len(tokens), tokens))
         starts = [len(row) - max(len(requests[i].targets) for i in sharing[row]) for row in rows]
+        on_cpu = self._model.device.type == "cpu"
+        most = min(self._batch_tokens, CPU_BATCH_TOKENS) if on_cpu else self._batch_tokens
         batches = []
-        for part in self._parts([len(row) for row in rows], starts):
+        for part in self._parts([len(row) for row in rows], starts, most):
             members = [(row, i) for row, tokens in enumerate(rows[part]) for i in sharing[tokens]]
             batches.append(_batch(rows[part], min(starts[part]), members, requests))
         return Plan(tuple(batches), len(requests))
 
-    def _parts(self, lengths: Sequence[int], starts: Sequence[int], extra: int = 0) -> Iterator[slice]:
+    def _parts(
+        self, lengths: Sequence[int], starts: Sequence[int], most: int, extra: int = 0
+    ) -> Iterator[slice]:
         """Yield runs of rows that are forwarded together.
 
         Args:
             lengths: Tokens of each row, longest first.
             starts: First position of each row that needs logits.
+            most: Most padded tokens in one run.
             extra: Tokens to come after each row.
         """
         position_bytes = 4 * int(self._model.config.get_text_config().vocab_size)
@@ -213,7 +220,7 @@ class Engine:
             while end < len(lengths):
                 rows, lowest = end + 1 - begin, min(first, starts[end])
                 logits = rows * (lengths[begin] - lowest) * position_bytes
-                if rows * width > self._batch_tokens or logits > MAX_LOGITS_BYTES:
+                if rows * width > most or logits > MAX_LOGITS_BYTES:
                     break
                 first, end = lowest, end + 1
             yield slice(begin, end)
@@ -293,7 +300,8 @@ class Engine:
         for (stops, limit), members in groups.items():
             members.sort(key=lambda i: (-len(requests[i].tokens), requests[i].tokens))
             lengths = [len(requests[i].tokens) for i in members]
-            for part in self._parts(lengths, [length - 1 for length in lengths], extra=limit):
+            starts = [length - 1 for length in lengths]
+            for part in self._parts(lengths, starts, self._batch_tokens, extra=limit):
                 texts = self._greedy([requests[i] for i in members[part]], stops, limit)
                 for i, text in zip(members[part], texts, strict=True):
                     answers[i] = text

@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import text
 
 from evomerge.errors import LostRunError, StoreError
-from evomerge.store import Run, Snapshot, Store
-from evomerge.store.tables import METADATA
+from evomerge.store import Run, Store
 from tests.contracts.store import WRITES, dump, sql
 from tests.store.processes import GENERATION, advance, make_candidate, make_outcome, start
 
@@ -182,37 +180,7 @@ class StoreUnderLoad:
         assert repr(again.candidates()) == repr([make_candidate(number) for number in told])
         assert repr(again.outcomes()) == repr([make_outcome(number) for number in told])
 
-    def test_cost_does_not_grow_with_the_run(self, store: Store, run: Run) -> None:
-        few = _seconds(store, run, 0)
-        many = _seconds(store, run, 20_000)
-        # Scans of 20,000 rows would cost at least ten times as much.
-        assert many < 4 * few + 0.002
-
 
 def _said(line: str) -> dict[str, int]:
     kind, _, number = line.strip().partition(" ")
     return {kind: int(number)}
-
-
-def _seconds(store: Store, run: Run, more: int) -> float:
-    """Add candidates with outcomes, then return the seconds of what is done for each candidate."""
-    first = run.counts().candidates
-    numbers = range(first, first + more)
-    if more:
-        run.add_candidates([(make_candidate(number), 0) for number in numbers])
-        rows = [run._outcome_row(replace(make_outcome(n), score=n / 7), "f") for n in numbers]
-        with store.writing() as connection:
-            rows = [{**row, "recorded": 0.0, "told": row["candidate"]} for row in rows]
-            connection.execute(METADATA.tables["outcomes"].insert(), rows)
-            # A server that never saw so many rows come at once plans for few until it is told.
-            connection.execute(text("ANALYZE"))
-    times = []
-    for number in range(first + more, first + more + 15):
-        begin = time.perf_counter()
-        run.find_outcome(f"d{number}", "f", "search")
-        run.counts()
-        run.add_candidate(make_candidate(number), 0)
-        run.add_outcome(make_outcome(number), "f")
-        run.tell([number], "search", Snapshot(number, number + 1, {}))
-        times.append(time.perf_counter() - begin)
-    return min(times)
