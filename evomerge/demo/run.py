@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def prepare(folder: Path, *, seed: int, workers: int, progress: Callable[[str, i
     Returns:
         The config file.
     """
+    # Where other programs compete for the cores, OpenMP threads that wait by spinning slow training tenfold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     world = build_world(folder / "world", progress=progress)
     path = folder / f"demo-{seed}.yaml"
     text = dump_yaml(demo_config(world, folder, seed=seed, workers=workers))

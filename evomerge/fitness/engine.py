@@ -24,7 +24,7 @@ from evomerge.fitness.tasks import lm_eval_quiet
 
 MAX_LOGITS_BYTES = 2**30
 CPU_BATCH_TOKENS = 1024
-"""Padded tokens in one forward for log-likelihoods on a CPU; more no longer fit its caches, and are slower."""
+"""Padded tokens in one forward for log-likelihoods on a CPU: more do not fit its caches and are slower."""
 STOCK_BATCH = 16
 """Rows at once where lm-eval's own generation is used."""
 SAMPLING_SEED = 1234

@@ -51,14 +51,16 @@ class PoolContract:
     overrides: tuple[str, ...] = ()
 
     @pytest.fixture(scope="class")
-    def world(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    @classmethod
+    def world(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return make_world(tmp_path_factory.mktemp("world"))
 
     @pytest.fixture(scope="class")
-    def pool(self, world: Path) -> Iterator[Pool]:
+    @classmethod
+    def pool(cls, world: Path) -> Iterator[Pool]:
         from evomerge.drive import make_pool
 
-        with make_pool(plan_of(world, *self.overrides)) as started:
+        with make_pool(plan_of(world, *cls.overrides)) as started:
             yield started
 
     def test_each_job_gives_exactly_one_outcome(self, world: Path, pool: Pool) -> None:

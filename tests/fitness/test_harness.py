@@ -133,8 +133,8 @@ def check(tasks: TaskSet, ours: Evaluation, theirs: Mapping[str, Any], tolerance
             assert list(ours.values[name]) == values
             assert ours.tasks[name].metric == result[key]
         else:
-            for mine, value in zip(ours.values[name], values, strict=True):
-                assert mine == pytest.approx(value, rel=tolerance, abs=tolerance)
+            for number, value in zip(ours.values[name], values, strict=True):
+                assert number == pytest.approx(value, rel=tolerance, abs=tolerance)
             assert ours.tasks[name].metric == pytest.approx(result[key], rel=tolerance)
         error = result[f"{loaded.rule.metric}_stderr,{loaded.filter}"]
         if loaded.rule.kind == "mean" and error != "N/A":
@@ -218,9 +218,9 @@ def test_a_tokenizer_with_merges_and_a_start_token_gives_the_tokens_of_stock(tmp
     path = make_model(tmp_path / "model", vocab=len(tokenizer), hidden=32, tokenizer=False, config=config)
     model = AutoModelForCausalLM.from_pretrained(path)
     tiny.write_tasks(tmp_path / "tasks", tiny.greedy_answers(model, tokenizer))
-    choice = {"name": "choice", "num_fewshot": 2, "metric": "acc_norm"}
-    names = ({"name": name, "num_fewshot": 2} for name in ("cloze", "answer"))
-    tasks = (choice, *names, {"name": "text", "documents": {"search": 8, "select": 2}})
+    tasks: list[dict[str, Any]] = [{"name": name, "num_fewshot": 2} for name in ("cloze", "answer")]
+    tasks += [{"name": "choice", "num_fewshot": 2, "metric": "acc_norm"}]
+    tasks += [{"name": "text", "documents": {"search": 8, "select": 2}}]
     both(tmp_path / "tasks", model, tokenizer, *tasks, theirs={"num_fewshot": 2, "batch_size": 3})
 
 
@@ -317,6 +317,7 @@ def test_a_choice_without_tokens_is_an_error_where_stock_may_call_it_certain(
     llama: tuple[Any, Any], tmp_path: Path
 ) -> None:
     # Stock stops at it too, unless another choice of the document has one token and answers in its place.
+    config: dict[str, Any]
     config = {"doc_to_text": "", "target_delimiter": "", "doc_to_choice": ["<s>", "b"], "doc_to_target": "0"}
     tiny.write_choice(tmp_path, "choice", **config)
     with pytest.raises(FitnessError, match="continuation of 0 tokens"):
@@ -326,16 +327,14 @@ def test_a_choice_without_tokens_is_an_error_where_stock_may_call_it_certain(
 # Few-shot, chat
 
 
-@pytest.mark.parametrize("multiturn", [False, True])
 @pytest.mark.parametrize("system", [None, "Be right."])
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(("chat", "multiturn"), [(False, False), (True, False), (True, True)])
 def test_prompts_with_examples_system_prompt_and_chat_template_are_those_of_stock(
     multiturn: bool, system: str | None, chat: bool, llama: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    if multiturn and not chat:
-        pytest.skip("examples are turns only of a chat")
     tiny.write_choice(tmp_path, "choice", num_fewshot=2)
     tiny.write_generation(tmp_path, "answer", num_fewshot=1, answer=tiny.greedy_answers(*llama))
+    settings: dict[str, Any]
     settings = {"system_prompt": system, "chat_template": chat, "fewshot_as_multiturn": multiturn}
     theirs = {"system": system, "chat": chat, "multiturn": multiturn, "batch_size": 4}
     chosen, _, found = both(tmp_path, *llama, "choice", "answer", theirs=theirs, **settings)
@@ -541,6 +540,7 @@ def test_the_score_of_a_group_is_the_mean_that_stock_reports(
 def test_tasks_and_groups_count_by_their_weights(llama: tuple[Any, Any], tmp_path: Path) -> None:
     group(tmp_path)
     tiny.write_choice(tmp_path, "other")
+    entries: list[str | Mapping[str, Any]]
     entries = [{"name": "pair", "weight": 3, "documents": {"search": 40, "select": 4}}, "other"]
     _, ours, found = both(tmp_path, *llama, *entries)
     mean, other = found["groups"]["pair"]["acc,none"], found["results"]["other"]["acc,none"]

@@ -363,7 +363,7 @@ def rewrite(path: Path, old: str, new: str) -> None:
 
 def test_the_fingerprint_changes_with_one_document_prompt_or_example(folder: Path) -> None:
     entry = {"name": "choice", "num_fewshot": 1}
-    more = {"documents": {"search": 10, "select": 10}}
+    more: dict[str, Any] = {"documents": {"search": 10, "select": 10}}
     found = {task_set(folder, entry, **more).fingerprint}
     rewrite(folder / "choice_test.json", '"gold": 3', '"gold": 2')
     found.add(task_set(folder, entry, **more).fingerprint)
@@ -375,7 +375,7 @@ def test_the_fingerprint_changes_with_one_document_prompt_or_example(folder: Pat
 
 
 def test_splits_draws_and_fingerprint_are_the_same_in_another_process(folder: Path) -> None:
-    tasks = [{"name": "choice", "num_fewshot": 1}, "answer", "text"]
+    tasks: list[str | Mapping[str, Any]] = [{"name": "choice", "num_fewshot": 1}, "answer", "text"]
     chosen = task_set(folder, *tasks, documents={"search": 4, "select": 4}, resample=2)
     data = settings(folder, *tasks, documents={"search": 4, "select": 4}, resample=2).model_dump_json()
     code = (
