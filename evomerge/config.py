@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.fitness.settings import FitnessSettings
-from evomerge.mergekit import is_evolve_config, read_evolve_config
+from evomerge.mergekit_evolve import is_evolve_config, read_evolve_config
 from evomerge.optimizers import SETTINGS, settings_of
 from evomerge.recipe import SourceRef
 from evomerge.spaces.settings import SpaceSettings

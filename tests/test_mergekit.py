@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from evomerge.catalogue import CATALOGUE
 from evomerge.checkpoints.layout import Layout, layout_of
 from evomerge.errors import RecipeError
-from evomerge.mergekit import from_mergekit, read_any_recipe, to_mergekit
+from evomerge.mergekit import from_mergekit, read_any_recipe
+from evomerge.mergekit_writer import to_mergekit
 from evomerge.merging.merger import Merger
 from evomerge.merging.stream import open_sources
 from evomerge.recipe import parse_recipe, value_at

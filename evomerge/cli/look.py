@@ -136,7 +136,7 @@ def recipe(
     if format == "mergekit":
         from evomerge.checkpoints.layout import layout_of
         from evomerge.checkpoints.source import Checkpoint, resolve
-        from evomerge.mergekit import to_mergekit
+        from evomerge.mergekit_writer import to_mergekit
 
         first = found.reference
         layout = layout_of(Checkpoint.open(resolve(first.path, first.revision)))

@@ -154,7 +154,9 @@ class Harness:
         if key not in self._splits:
             settings, lm, task = self._tasks.settings, self.engine.lm, loaded.task
             ids = loaded.ids[split]
-            templated = bool(settings.chat_template)
+            templated = settings.chat_template
+            turns = settings.fewshot_as_multiturn
+            multiturn = templated if turns is None else turns
             with lm_eval_quiet():
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)
                 task.build_all_requests(
@@ -163,7 +165,7 @@ class Harness:
                     world_size=1,
                     system_instruction=settings.system_prompt,
                     apply_chat_template=templated,
-                    fewshot_as_multiturn=settings.fewshot_as_multiturn,
+                    fewshot_as_multiturn=multiturn,
                     chat_template=lm.apply_chat_template if templated else None,
                     tokenizer_name=lm.tokenizer_name if templated else "",
                 )

@@ -74,9 +74,10 @@ class FitnessSettings(StrictModel):
         allow_unsafe_code: Allow tasks that execute what a model writes.
         documents: Document counts per task.
         resample: Draw this many search documents per task anew for each generation; None: always all.
-        chat_template: Wrap prompts in the tokenizer's chat template; a name picks one of several.
+        chat_template: Wrap prompts in the tokenizer's chat template.
         system_prompt: Put before every prompt.
-        fewshot_as_multiturn: With a chat template, give the examples as turns of a conversation.
+        fewshot_as_multiturn: Give the examples as turns of a conversation; None: with a chat template, as
+            the stock command does.
         batch_tokens: Padded tokens in one forward pass.
     """
 
@@ -87,9 +88,9 @@ class FitnessSettings(StrictModel):
     allow_unsafe_code: bool = False
     documents: DocumentCounts = DocumentCounts()
     resample: int | None = Field(default=None, ge=1)
-    chat_template: bool | str = False
+    chat_template: bool = False
     system_prompt: str | None = None
-    fewshot_as_multiturn: bool = False
+    fewshot_as_multiturn: bool | None = None
     batch_tokens: int = Field(default=8192, ge=64)
 
     @model_validator(mode="after")

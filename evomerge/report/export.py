@@ -10,7 +10,7 @@ from evomerge.checkpoints.card import Row, SourceCard, model_card, read_license
 from evomerge.checkpoints.layout import layout_of
 from evomerge.checkpoints.source import Checkpoint
 from evomerge.errors import RecipeError, StoreError
-from evomerge.mergekit import to_mergekit
+from evomerge.mergekit_writer import to_mergekit
 from evomerge.merging.stream import open_sources, write_model
 from evomerge.recipe import Recipe, parse_recipe
 from evomerge.report.summary import Summary
