@@ -132,13 +132,9 @@ class RayPool(Pool):
                     f"workers.ray_address: {self._settings.ray_address}: cannot connect: {text}"
                 ) from None
             return ray
-        # Sockets live below this folder, and their paths may have at most 107 characters.
-        self._folder = tempfile.mkdtemp(prefix="evomerge-ray-", dir="/tmp")
-        settings = self._settings
-        cpus = None
-        if settings.count != "auto":
-            cpus = max(os.cpu_count() or 1, -(-int(settings.count * settings.cpus * 1000) // 1000))
-        ray.init(address="local", include_dashboard=False, num_cpus=cpus, _temp_dir=self._folder, **quiet)
+        _sweep()
+        self._folder = tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-", dir=FOLDERS)
+        ray.init(address="local", include_dashboard=False, _temp_dir=self._folder, **quiet)
         return ray
 
     def _grow(self) -> None:
