@@ -125,7 +125,8 @@ class OutputSettings(StrictModel):
     """Where results go.
 
     Attributes:
-        folder: Of the report and the exported model, relative to the working directory; None: `runs/NAME`.
+        folder: Of the report and the exported model, relative to the working directory; None: a folder named
+            after the run beside its SQLite store, else below `runs`.
         export: Export the winner at the end.
         report: Write the report at the end.
     """

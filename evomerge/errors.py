@@ -57,13 +57,17 @@ class LostRunError(EvomergeError):
     """The run's epoch moved on: another driver owns it now, and nothing more may be written."""
 
 
+MOST_NAMES = 30
+"""Longest list of known names in a message."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean "x"?` for the known word nearest to `word`, or the list of known words.
 
-    The result is meant to be appended to a message; it is empty when nothing is known.
+    The result is meant to be appended to a message; it is empty when nothing is near and too many are known.
     """
     names = [str(name) for name in known]
     close = difflib.get_close_matches(word, names, n=1)
     if close:
         return f'; did you mean "{close[0]}"?'
-    return f"; known: {', '.join(sorted(names))}" if names else ""
+    return f"; known: {', '.join(sorted(names))}" if 0 < len(names) <= MOST_NAMES else ""

@@ -42,6 +42,8 @@ FINAL_NORMS = ("model.norm.", "final_layer_norm.", "final_layernorm.", "ln_f.")
 def read_any_recipe(path: Path) -> Recipe:
     """Return the recipe in a YAML file of either evomerge or mergekit."""
     data = read_yaml(path, RecipeError)
+    if isinstance(data, dict) and {"genome", "space"} & set(data):
+        raise RecipeError(f"{path}: this is a run config, not a recipe; use `evomerge run {path}`")
     if isinstance(data, dict) and "merge_method" in data:
         return from_mergekit(data, str(path))
     return read_recipe(path)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 from evomerge.checkpoints.layout import Layout, check_compatible, layout_of
 from evomerge.checkpoints.source import Checkpoint, resolve
 from evomerge.config import RunConfig
-from evomerge.errors import ConfigError, RecipeError
+from evomerge.errors import ConfigError, FitnessError, RecipeError, nearest
 from evomerge.fitness.scoring import TaskRule
 from evomerge.fitness.tasks import TaskSet
 from evomerge.mergekit import read_any_recipe
@@ -23,7 +24,7 @@ from evomerge.optimizers import Optimizer, create
 from evomerge.recipe import Recipe, SourceRef, parse_recipe
 from evomerge.records import SPLITS, DocumentSet, Genome
 from evomerge.spaces.parameter import ParameterSpace
-from evomerge.strict import canonical_json
+from evomerge.strict import canonical_json, read_text
 from evomerge.workers.settings import WorkerSpec
 
 LIBRARIES = ("torch", "transformers", "lm-eval", "datasets", "cmaes", "optuna", "numpy", "ray")
@@ -81,7 +82,30 @@ class Plan:
         self._check_space()
         self.optimizer()
         self.seeded = self._seeded()
+        self._check_function()
         self.tasks = TaskSet(config.fitness, config.seed, base_dir) if config.fitness.tasks else None
+
+    def _check_function(self) -> None:
+        """Look for the fitness callable without importing it, which may load torch."""
+        spec = self.config.fitness.function or ""
+        where, _, name = spec.rpartition(":")
+        if not where.endswith(".py"):
+            return
+        file = self.base_dir / where
+        try:
+            tree = ast.parse(read_text(file, FitnessError), str(file))
+        except SyntaxError as problem:
+            raise FitnessError(f"fitness.function: {file}: line {problem.lineno}: {problem.msg}") from None
+        known = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        words = {word.id for word in ast.walk(tree) if isinstance(word, ast.Name)}
+        words |= {
+            alias.asname or alias.name
+            for n in ast.walk(tree)
+            if isinstance(n, ast.ImportFrom)
+            for alias in n.names
+        }
+        if name not in known and name not in words:
+            raise FitnessError(f'fitness.function: {spec}: the file has no "{name}"{nearest(name, known)}')
 
     def _base(self) -> SourceRef | None:
         base = self.config.sources.base
@@ -227,8 +251,8 @@ def drift(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             )
     if before["fitness"] != now["fitness"]:
         changed.append(
-            f"the tasks, their documents or prompts changed: fingerprint {before['fitness'][:12]} at the "
-            f"start, {now['fitness'][:12]} now"
+            "the fitness (tasks, documents, prompts, or the function's file) changed: fingerprint "
+            f"{before['fitness'][:12]} at the start, {now['fitness'][:12]} now"
         )
     if [list(d) for d in before["space"]] != now["space"]:
         changed.append("the space has other dimensions than at the start")

@@ -263,7 +263,11 @@ class Search:
         best = winner(chosen, self._outcomes)
         if best is None or self.stopping:
             if not self.stopping:
-                raise FitnessError("no finalist could be scored on the select documents")
+                reasons = [
+                    self._outcomes[n, "select"].reason for n in chosen if (n, "select") in self._outcomes
+                ]
+                first = f"; the first failure: {reasons[0]}" if reasons else ""
+                raise FitnessError(f"no finalist could be scored on the select documents{first}")
             return
         looks = sum(event.kind == "test_opened" for event in self._run.events())
         known = {number for number, key in self._outcomes if key == "test"}

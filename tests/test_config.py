@@ -357,7 +357,8 @@ def test_unchanged_facts_do_not_drift():
         ),
         (
             {"fitness": "e" * 64},
-            "the tasks, their documents or prompts changed: fingerprint ffffffffffff at the start, "
+            "the fitness (tasks, documents, prompts, or the function's file) changed: "
+            "fingerprint ffffffffffff at the start, "
             "eeeeeeeeeeee now",
         ),
         ({"space": [["weight a", "real", 0]] * 2}, "the space has other dimensions than at the start"),

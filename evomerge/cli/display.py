@@ -132,7 +132,9 @@ def result_table(data: Mapping[str, Any]) -> Table:
     rows = [data["best"]] if data["best"] else []
     for row in [*rows, *data["baselines"]]:
         search = row["search"]
-        name = f"winner (#{row['candidate']})" if row["name"] == "winner" else row["name"]
+        name = row["name"]
+        if row is data["best"]:
+            name = f"{'winner' if row['chosen_on'] == 'select' else 'best so far'} (#{row['candidate']})"
         if row["origin"].startswith("baseline:task_arithmetic@"):
             name += f" @{row['origin'].partition('@')[2]}"
         table.add_row(
@@ -140,7 +142,7 @@ def result_table(data: Mapping[str, Any]) -> Table:
             "-" if search is None else f"{search:.3f}",
             with_interval(row["select"]),
             with_interval(row["test"]),
-            style="bold" if row["name"] == "winner" else None,
+            style="bold" if row is data["best"] else None,
         )
     return table
 

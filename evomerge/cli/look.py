@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from evomerge.cli.options import JsonOption, StoreOption, open_store
+from evomerge.cli.options import JsonOption, StoreOption, open_store, result_folder
 
 RunArgument = Annotated[str, typer.Argument(help="Name of the run.", show_default=False)]
 
@@ -45,7 +45,11 @@ def runs(store: StoreOption = None, as_json: JsonOption = False) -> None:
         )
         for row in rows
     ]
-    console.print(simple_table(("run", "status", "candidates", "best search score", "updated"), table))
+    console.print(
+        simple_table(
+            ("run", "status", "candidates", "best search score (baselines included)", "updated"), table
+        )
+    )
 
 
 def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
@@ -102,7 +106,9 @@ def watch(
             if now != shown:
                 shown = now
                 best = "-" if counts.best_score is None else f"{counts.best_score:.3f}"
-                errors.print(f"{status}: {counts.candidates} candidates, best search score {best}")
+                errors.print(
+                    f"{status}: {counts.candidates} candidates, best search score {best}, baselines included"
+                )
             if status != "running":
                 return
             time.sleep(interval)
@@ -150,14 +156,16 @@ def recipe(
 
 def report(
     run: RunArgument,
-    out: Annotated[Path | None, typer.Option("--out", help="The file [runs/RUN/report.html].")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The file [RUN/report.html beside the store].")
+    ] = None,
     store: StoreOption = None,
 ) -> None:
     """Write a run's report: one HTML file with figures."""
     from evomerge.report.page import write_report
 
     with open_store(store) as opened:
-        target = out or Path(f"runs/{run}/report.html")
+        target = out or result_folder(run, store) / "report.html"
         view = opened.run(run)
         target.parent.mkdir(parents=True, exist_ok=True)
         typer.echo(write_report(view, target))

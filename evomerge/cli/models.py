@@ -27,10 +27,9 @@ def merge(
     from evomerge.merging.stream import open_sources, write_model
 
     opened = open_sources(parsed.refs, recipe.parent.resolve())
+    texts = {"recipe.yaml": parsed.located(recipe.parent.resolve()).to_yaml()}
     with _bytes_written() as progress:
-        typer.echo(
-            write_model(parsed, opened, out, texts={"recipe.yaml": parsed.to_yaml()}, progress=progress)
-        )
+        typer.echo(f"wrote {write_model(parsed, opened, out, texts=texts, progress=progress)}")
 
 
 def export(
@@ -50,7 +49,7 @@ def export(
         from evomerge.report.export import export_candidate
 
         with _bytes_written() as progress:
-            typer.echo(export_candidate(view, out, candidate, progress=progress))
+            typer.echo(f"wrote {export_candidate(view, out, candidate, progress=progress)}")
 
 
 def evaluate(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evomerge.cli.options import DEFAULT_STORE, JsonOption, SetOption, StoreOption, open_store
+from evomerge.cli.options import DEFAULT_STORE, JsonOption, SetOption, StoreOption, open_store, result_folder
 
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
@@ -93,7 +95,7 @@ def finish(view: RunView, store: str, *, as_json: bool) -> None:
     from evomerge.report.summary import Summary, status_of
 
     data = Summary(view).to_json()
-    files = _outputs(view) if view.status == "finished" else {}
+    files = _outputs(view, store) if view.status == "finished" else {}
     if as_json:
         print_json({**data, "files": {name: str(path) for name, path in files.items()}})
         return
@@ -111,20 +113,23 @@ def finish(view: RunView, store: str, *, as_json: bool) -> None:
     if view.status != "finished":
         console.print(f"run {view.name} is {status_of(view)}")
         step = f"evomerge resume {view.name}{where}"
-    elif "model" in files:
+    elif "model" in files or not (data["gain"] and data["gain"]["shown"]):
         longer = 2 * int(view.config["budget"]["evaluations"])
         step = f"evomerge resume {view.name} --evaluations {longer}{where}    # search on"
     else:
         step = f"evomerge export {view.name} OUT{where}"
-    console.print(f"next: {step}", soft_wrap=True, markup=False)
+    command = "evomerge" if shutil.which("evomerge") else sys.argv[0]
+    console.print(f"next: {step.replace('evomerge', command, 1)}", soft_wrap=True, markup=False)
+    if view.status == "stopped":
+        raise typer.Exit(130)
 
 
-def _outputs(view: RunView) -> dict[str, Path]:
+def _outputs(view: RunView, store: str) -> dict[str, Path]:
     """Write the report and the model where the config says so; a longer search may have another winner."""
     from evomerge.config import OutputSettings
 
     output = OutputSettings.model_validate(view.config["output"])
-    folder = Path(output.folder or f"runs/{view.name}")
+    folder = Path(output.folder) if output.folder else result_folder(view.name, store)
     written: dict[str, Path] = {}
     if output.report:
         from evomerge.report.page import write_report

@@ -18,6 +18,8 @@ from evomerge.records import SPLITS, DocumentSet
 from evomerge.seeding import stream
 from evomerge.strict import canonical_json
 
+OWN_TASKS = "; it is none of lm-eval's own, and others are looked for in fitness.include_paths"
+
 FEWSHOT_SEED = 1234
 """lm-eval's default, so that stock runs see the same examples."""
 
@@ -192,7 +194,8 @@ def _load(settings: FitnessSettings, base_dir: Path) -> Iterator[_Leaf]:
         where = f"fitness.tasks.{wanted.name}"
         if wanted.name not in known:
             raise FitnessError(
-                f'{where}: unknown task "{wanted.name}"{nearest(wanted.name, known)}{_unreadable(folders)}'
+                f'{where}: unknown task "{wanted.name}"{nearest(wanted.name, known) or OWN_TASKS}'
+                f"{_unreadable(folders)}"
             )
         try:
             with _only_trusted_functions(trusted):

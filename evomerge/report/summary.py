@@ -144,11 +144,16 @@ class Summary:
                 "per task, how much of it is chance is unknown."
             )
         points = f"{mean} ({100 * gain.interval.low:+.1f} to {100 * gain.interval.high:+.1f})"
+        hardest = min(self.gains, key=lambda gain: gain.interval.mean)
+        also = ""
+        if hardest is not gain:
+            also = f" Over {hardest.over}, the best on test, it is {100 * hardest.interval.mean:+.1f}."
         if gain.shown:
-            return f"On test the winner beats the best baseline, {gain.over}, by {points}."
+            return f"On test the winner beats {gain.over}, the best baseline on select, by {points}.{also}"
+        relation = "is worse than" if gain.interval.high < 0 else "is not shown to beat"
         return (
-            f"On test the winner is not shown to beat the best baseline, {gain.over}: {points}. "
-            "Prefer the baseline, or search with more documents."
+            f"On test the winner {relation} {gain.over}, the best baseline on select: {points}.{also} "
+            "Prefer the baseline, or search longer or with more documents."
         )
 
     def failures(self) -> list[dict[str, Any]]:

@@ -88,7 +88,7 @@ def test_ctrl_c_finishes_what_runs_and_resume_goes_on_to_the_same_end(
     assert wait_for_outcomes(process, store, "small", 8)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    assert process.returncode == 130, err
     assert "stopped" in out
     assert "Traceback" not in err
     assert history(store, "small")["status"] == "stopped"
