@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from evomerge.search import Progress as Step
@@ -47,7 +48,7 @@ class Listener:
         if errors.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description:<10}"),
-                BarColumn(bar_width=28),
+                BarColumn(bar_width=16),
                 TextColumn("{task.completed}/{task.total}"),
                 TextColumn("{task.fields[line]}"),
                 TimeElapsedColumn(),
@@ -97,6 +98,27 @@ class Listener:
         if step.deaths:
             parts.append(f"{step.deaths} workers lost")
         return "  ".join(parts)
+
+
+@contextmanager
+def training() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield what shows how far each stage of a training is: a bar on a terminal, lines elsewhere."""
+    stages: dict[str, TaskID] = {}
+    columns = (
+        TextColumn("training {task.description:<8}"),
+        BarColumn(28),
+        TextColumn("{task.completed}/{task.total}"),
+    )
+    with Progress(*columns, TimeRemainingColumn(), console=errors, disable=not errors.is_terminal) as bar:
+
+        def show(name: str, done: int, total: int) -> None:
+            if name not in stages:
+                stages[name] = bar.add_task(name, total=total)
+            bar.update(stages[name], completed=done)
+            if not errors.is_terminal and (done == total or done % 50 == 0):
+                errors.print(f"training  {name} {done}/{total}", markup=False)
+
+        yield show
 
 
 def duration(seconds: float) -> str:

@@ -187,15 +187,13 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Train tiny experts and run the whole job on them, offline, in a few minutes."""
-    from evomerge.cli.display import errors
+    from evomerge.cli.display import training
     from evomerge.config import read_config
     from evomerge.demo.run import prepare
 
-    def stage(name: str, done: int, total: int) -> None:
-        if done == total or done % 50 == 0:
-            errors.print(f"training  {name} {done}/{total}", markup=False)
-
-    parsed = read_config(prepare(folder, seed=seed, workers=workers, progress=stage))
+    with training() as stage:
+        config = prepare(folder, seed=seed, workers=workers, progress=stage)
+    parsed = read_config(config)
     where = str(folder / "evomerge.db")
     with open_store(where, create=True) as opened:
         known = {view.name: view for view in opened.runs()}
