@@ -12,6 +12,25 @@ from typing import Any
 from evomerge.errors import ConfigError, UserError, nearest
 from evomerge.mergekit import model_key, unique
 
+Key = tuple[str, str | None]
+"""A path or hub id, and a revision."""
+
+METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_ties")
+
+KNOWN = frozenset(
+    {
+        "genome", "tasks", "limit", "num_fewshot", "shuffle", "random_init", "apply_chat_template",
+        "fewshot_as_multiturn",
+    }
+)  # fmt: skip
+
+KNOWN_GENOME = frozenset(
+    {
+        "models", "merge_method", "base_model", "tokenizer_source", "layer_granularity", "normalize",
+        "allow_negative_weights", "filters", "smooth",
+    }
+)  # fmt: skip
+
 
 def is_evolve_config(data: Mapping[str, Any]) -> bool:
     """Whether plain data is a config of mergekit-evolve."""
@@ -28,17 +47,41 @@ def read_evolve_config(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: It uses something that has no counterpart here.
     """
-    genome = data["genome"]
-    where = str(path)
-    known_top = {
-        "genome", "tasks", "limit", "num_fewshot", "shuffle", "random_init", "apply_chat_template",
-        "fewshot_as_multiturn",
-    }  # fmt: skip
-    known_genome = {
-        "models", "merge_method", "base_model", "tokenizer_source", "layer_granularity", "normalize",
-        "allow_negative_weights", "filters", "smooth",
-    }  # fmt: skip
-    for part, known, prefix in ((data, known_top, ""), (genome, known_genome, "genome.")):
+    genome, where = data["genome"], str(path)
+    _check_keys(data, genome, where)
+    try:
+        keys = [model_key(m, f"{where}: genome.models.{i}") for i, m in enumerate(genome["models"])]
+        base, tokenizer = (
+            None if genome.get(key) in nothing else model_key(genome[key], f"{where}: genome.{key}")
+            for key, nothing in (("base_model", (None,)), ("tokenizer_source", (None, "base", "union")))
+        )
+    except UserError as problem:
+        raise ConfigError(str(problem)) from None
+    names: dict[Key, str] = {}
+    for key in [*([base] if base else []), *keys]:
+        names.setdefault(key, unique(Path(key[0]).name, set(names.values())))
+    refs = {key: {"name": name, "path": key[0], "revision": key[1]} for key, name in names.items()}
+    space = _space(genome, len(keys), where)
+    if tokenizer is not None:
+        if tokenizer not in names:
+            raise ConfigError(f"{where}: genome.tokenizer_source: {tokenizer[0]} is none of the models")
+        space["tokenizer"] = names[tokenizer]
+    on_deltas = space["method"] not in ("linear", "slerp")
+    sources: dict[str, Any] = {"models": [refs[key] for key in keys if key != base or not on_deltas]}
+    if base and (on_deltas or base not in keys):
+        sources["base"] = refs[base]
+    return {
+        "sources": sources,
+        "space": space,
+        "optimizer": {"name": "cma_es", "lr_adapt": False},
+        "fitness": _fitness(data, where),
+        "budget": {"evaluations": 100},
+    }
+
+
+def _check_keys(data: Mapping[str, Any], genome: Any, where: str) -> None:
+    """Refuse what is unknown, malformed, or has no counterpart here."""
+    for part, known, prefix in ((data, KNOWN, ""), (genome, KNOWN_GENOME, "genome.")):
         if not isinstance(part, Mapping):
             raise ConfigError(f"{where}: {prefix.rstrip('.')}: expected a mapping")
         for key in part:
@@ -50,81 +93,52 @@ def read_evolve_config(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
     for part, key, prefix in ((data, "tasks", ""), (genome, "models", "genome.")):
         if not isinstance(part.get(key), list) or not part[key]:
             raise ConfigError(f"{where}: {prefix}{key}: expected a list, got {part.get(key)!r}")
+
+
+def _space(genome: Mapping[str, Any], models: int, where: str) -> dict[str, Any]:
+    """Return the space section."""
     method = str(genome.get("merge_method"))
-    if method not in ("linear", "slerp", "task_arithmetic", "ties", "dare_ties"):
+    if method not in METHODS:
         raise ConfigError(f'{where}: genome.merge_method: mergekit-evolve has no method "{method}"')
-    try:
-        keys = [model_key(m, f"{where}: genome.models.{i}") for i, m in enumerate(genome["models"])]
-        base = (
-            model_key(genome["base_model"], f"{where}: genome.base_model")
-            if genome.get("base_model")
-            else None
-        )
-        tokenizer = genome.get("tokenizer_source")
-        token_key = (
-            None
-            if tokenizer in (None, "base", "union")
-            else model_key(tokenizer, f"{where}: genome.tokenizer_source")
-        )
-    except UserError as problem:
-        raise ConfigError(str(problem)) from None
-    if method == "slerp" and len(keys) != 2:
-        raise ConfigError(f"{where}: genome.models: slerp takes 2 models here, got {len(keys)}")
-    names: dict[tuple[str, str | None], str] = {}
-    for key in [*([base] if base else []), *keys]:
-        names.setdefault(key, unique(Path(key[0]).name, set(names.values())))
-    refs = {key: {"name": name, "path": key[0], "revision": key[1]} for key, name in names.items()}
-    step = genome.get("layer_granularity") or 0
-    granularity: Any = {"layers": step} if not isinstance(step, int) or step > 0 else "model"
-    negative = bool(genome.get("allow_negative_weights"))
-    parameters: dict[str, Any] = (
-        {"t": {}} if method == "slerp" else {"weight": {"low": -1.0 if negative else 0.0, "high": 1.0}}
-    )
-    if method in ("ties", "dare_ties"):
-        parameters["density"] = {"low": 0.0 if method == "ties" else 0.01, "high": 1.0}
+    if method == "slerp" and models != 2:
+        raise ConfigError(f"{where}: genome.models: slerp takes 2 models here, got {models}")
+    parameters: dict[str, Any] = {"t": {}}
     if method != "slerp":
         normalize = genome.get("normalize")
-        parameters["normalize"] = (
-            method in ("ties", "dare_ties", "linear") if normalize is None else normalize
-        )
+        parameters = {
+            "weight": {"low": -1.0 if genome.get("allow_negative_weights") else 0.0, "high": 1.0},
+            "normalize": method != "task_arithmetic" if normalize is None else normalize,
+        }
+    if method in ("ties", "dare_ties"):
+        parameters["density"] = {"low": 0.0 if method == "ties" else 0.01, "high": 1.0}
     if method == "dare_ties":
         parameters["rescale"] = "l1"
-    space = {
+    step = genome.get("layer_granularity") or 0
+    return {
         "method": method,
-        "granularity": granularity,
+        "granularity": {"layers": step} if not isinstance(step, int) or step > 0 else "model",
         "split": genome.get("filters") or [],
         "parameters": parameters,
         "dtype": "bfloat16",
     }
-    if token_key is not None:
-        if token_key not in names:
-            raise ConfigError(f"{where}: genome.tokenizer_source: {token_key[0]} is none of the models")
-        space["tokenizer"] = names[token_key]
-    limit = data.get("limit")
+
+
+def _fitness(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the fitness section."""
     tasks = []
     for i, given in enumerate(data["tasks"]):
         if not isinstance(given, str | Mapping):
             raise ConfigError(f"{where}: tasks.{i}: expected a name or a mapping, got {given!r}")
         task = {"name": given} if isinstance(given, str) else dict(given)
-        tasks.append(task)
         task.setdefault("metric", "acc,none")
         if data.get("num_fewshot") is not None:
             task["num_fewshot"] = data["num_fewshot"]
+        tasks.append(task)
     fitness: dict[str, Any] = {
         "tasks": tasks,
         "chat_template": data.get("apply_chat_template", True),
         "fewshot_as_multiturn": data.get("fewshot_as_multiturn", True),
     }
-    if limit:
+    if limit := data.get("limit"):
         fitness["documents"] = {"search": limit, "select": limit, "test": "rest"}
-    models = [refs[key] for key in keys if key != base or method in ("linear", "slerp")]
-    sources: dict[str, Any] = {"models": models}
-    if base and base not in [key for key in keys if method in ("linear", "slerp")]:
-        sources["base"] = refs[base]
-    return {
-        "sources": sources,
-        "space": space,
-        "optimizer": {"name": "cma_es", "lr_adapt": False},
-        "fitness": fitness,
-        "budget": {"evaluations": 100},
-    }
+    return fitness

@@ -96,16 +96,12 @@ class Plan:
             tree = ast.parse(read_text(file, FitnessError), str(file))
         except SyntaxError as problem:
             raise FitnessError(f"fitness.function: {file}: line {problem.lineno}: {problem.msg}") from None
-        known = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-        words = {word.id for word in ast.walk(tree) if isinstance(word, ast.Name)}
-        words |= {
-            alias.asname or alias.name
-            for n in ast.walk(tree)
-            if isinstance(n, ast.ImportFrom)
-            for alias in n.names
-        }
-        if name not in known and name not in words:
-            raise FitnessError(f'fitness.function: {spec}: the file has no "{name}"{nearest(name, known)}')
+        nodes = list(ast.walk(tree))
+        words = {node.id for node in nodes if isinstance(node, ast.Name)}
+        words |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        words |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
+        if name not in words:
+            raise FitnessError(f'fitness.function: {spec}: the file has no "{name}"{nearest(name, words)}')
 
     def _base(self) -> SourceRef | None:
         base = self.config.sources.base
