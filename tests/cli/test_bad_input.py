@@ -177,6 +177,7 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("no such task folder", tasks(include_paths=["nowhere"]), "nowhere"),
     ("neither tasks nor a function", {"fitness": {}}, "either tasks or a function"),
     ("a function that is not there", {"fitness": {"function": "absent.py:score"}}, "absent.py"),
+    ("a function that its file has not", {"fitness": {"function": "fitness.py:scroe"}}, 'did you mean "score"'),
     ("a name that is a path", {"name": "../up"}, "name"),
     ("a negative seed", {"seed": -1}, "seed"),
     ("a text for a number", {"seed": "many"}, "seed"),

@@ -118,8 +118,8 @@ def test_a_source_with_nan_is_refused_before_anything_is_scored(world: Path) -> 
 
 
 def test_a_fitness_that_cannot_be_imported_is_refused_in_one_line(world: Path) -> None:
-    plan = plan_of(world, *RAY, "fitness.function=fitness.py:missing")
-    with pytest.raises(UserError, match="fitness.function: fitness.py:missing"):
+    plan = plan_of(world, *RAY, "fitness.function=no_such_module:score")
+    with pytest.raises(UserError, match="fitness.function: no_such_module:score"):
         make_pool(plan).start()
 
 
