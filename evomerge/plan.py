@@ -231,10 +231,6 @@ class Plan:
             checkpoint.scan_finite()
 
 
-FROZEN = ("sources", "fitness", "space")
-"""The facts that a resumed run must find unchanged."""
-
-
 def drift(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return what changed between the facts of a run's start and those of its resume, one line each."""
     changed = []

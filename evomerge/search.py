@@ -81,12 +81,14 @@ class Search:
         self._best: float | None = None
         self._since_best = 0
         self._notes = {event.data["note"] for event in run.events() if event.kind == "optimizer"}
+        self._recorded: set[str] = set()
         self.stopping = False
 
     def run(self) -> bool:
         """Go on to the end; return False if it was stopped before."""
         for key, ids in self._plan.document_sets().items():
             self._run.add_document_set(key, ids)
+            self._recorded.add(key)
         seeded = self._add_seeded()
         self._score("baselines", [(number, "search") for number in seeded])
         if not self.stopping:
@@ -164,8 +166,9 @@ class Search:
         """Return the key of the search documents that a proposal is scored on."""
         resample = self._plan.config.fitness.resample
         documents = DocumentSet("search", None if resample is None else candidate.generation)
-        if resample is not None and self._plan.tasks is not None:
+        if documents.key not in self._recorded and self._plan.tasks is not None:
             self._run.add_document_set(documents.key, self._plan.tasks.documents(documents))
+            self._recorded.add(documents.key)
         return documents.key
 
     def _tell(self, optimizer: Optimizer, candidate: Candidate, outcome: Outcome) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import CandidateError, FitnessError
+from evomerge.fitness.greedy import is_plain_config
 from evomerge.fitness.tasks import lm_eval_quiet
 
 MAX_LOGITS_BYTES = 2**30
@@ -80,13 +81,6 @@ class Plan:
     size: int
 
 
-def is_plain_greedy(kwargs: Mapping[str, Any]) -> bool:
-    """Whether generation arguments ask for nothing but greedy decoding up to a stop string."""
-    known = {"until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}
-    sampling = kwargs.get("do_sample") or float(kwargs.get("temperature") or 0.0) > 0
-    return not sampling and set(kwargs) <= known | {"do_sample", "temperature"}
-
-
 class Engine:
     """Answers token requests with the model's present weights.
 
@@ -113,7 +107,7 @@ class Engine:
         accepted = inspect.signature(model.forward).parameters
         self._keeps = "logits_to_keep" in accepted
         self._positions = "position_ids" in accepted
-        self.greedy_is_plain = _plain_generation(model.generation_config)
+        self.greedy_is_plain = is_plain_config(model.generation_config)
         ends = model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
@@ -391,37 +385,4 @@ def _batch(
         requests=tuple(i for _, i in members),
         length=max(len(requests[i].targets) for _, i in members),
         tokens=sum(map(len, rows)),
-    )
-
-
-_NO_MATTER = {
-    # lm-eval turns sampling off
-    *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h"),
-    *("typical_p", "epsilon_cutoff", "eta_cutoff"),
-    *("max_length", "use_cache", "pad_token_id"),  # lm-eval gives its own
-    *("bos_token_id", "eos_token_id", "decoder_start_token_id"),
-    *("length_penalty", "early_stopping"),  # of beam search
-    *("cache_implementation", "cache_config", "compile_config", "disable_compile"),
-    *("_from_model_config", "transformers_version"),
-}
-_NEUTRAL = {
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "num_return_sequences": 1,
-    "diversity_penalty": 0.0,
-    "guidance_scale": 1.0,
-}
-
-
-def _plain_generation(config: Any) -> bool:
-    """Whether a generation config leaves greedy decoding as it is."""
-    return all(
-        name in _NO_MATTER or not value or _NEUTRAL.get(name) == value
-        for name, value in config.to_diff_dict().items()
     )

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evomerge.errors import CandidateError, FitnessError
-from evomerge.fitness.engine import Engine, Plan, TokenRequest, is_plain_greedy
+from evomerge.fitness.engine import Engine, Plan, TokenRequest
+from evomerge.fitness.greedy import is_plain_greedy
 from evomerge.fitness.scoring import aggregate, combine, combined_error, standard_error
 from evomerge.fitness.tasks import FEWSHOT_SEED, LoadedTask, TaskSet, lm_eval_quiet
 from evomerge.records import DocumentSet, TaskScore, Value

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from evomerge.errors import CandidateError
 from evomerge.fitness import engine as engine_module
-from evomerge.fitness.engine import Engine, TokenRequest, is_plain_greedy
+from evomerge.fitness.engine import Engine, TokenRequest
+from evomerge.fitness.greedy import is_plain_greedy
 from tests.checkpoints.tiny import make_model
 
 
