@@ -184,6 +184,22 @@ def test_a_steady_state_optimizer_resumes_from_its_history(world: Path, tmp_path
     assert history(killed, "tpe") == history(whole, "tpe")
 
 
+def test_fresh_documents_for_each_generation_are_drawn_again_alike_on_resume(
+    world: Path, tmp_path: Path
+) -> None:
+    write_config(world, "draws.yaml", name="draws", fitness={**TASKS, "resample": 10})
+    whole, killed = str(tmp_path / "whole.db"), str(tmp_path / "killed.db")
+    assert evomerge(world, "run", "draws.yaml", "--store", whole).returncode == 0
+    process = start(world, "run", "draws.yaml", "--store", killed)
+    assert wait_for_outcomes(process, killed, "draws", 9)
+    kill(process)
+    done = evomerge(world, "resume", "draws", "--store", killed)
+    assert done.returncode == 0, done.stderr
+    assert history(killed, "draws") == history(whole, "draws")
+    keys = {outcome["documents"] for outcome in history(whole, "draws")["outcomes"]}
+    assert {"search@0", "search@1", "search@2"} <= keys
+
+
 @pytest.mark.ray
 def test_ray_workers_give_the_same_run_and_survive_a_kill(world: Path, tmp_path: Path) -> None:
     """Two workers, tasks as fitness: killed with its Ray, resumed with one worker, equal to inline."""
