@@ -25,8 +25,6 @@ dtype: bfloat16
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -34,97 +32,27 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from evomerge.catalogue import Method, Parameter, Scope, method_named
+from evomerge.catalogue import Method, Scope, method_named
 from evomerge.errors import RecipeError
-from evomerge.records import Place, Role
-from evomerge.strict import StrictModel, canonical_json, dump_yaml, one_line, read_yaml, validated
+from evomerge.rules import Rule, Scalar, Setting, check_value, rules_of, value_at
+from evomerge.strict import StrictModel, canonical_json, dump_yaml, read_yaml, validated
 
-Scalar = bool | float | str
+__all__ = [
+    "Dtype",
+    "Recipe",
+    "RecipeSource",
+    "Rule",
+    "Scalar",
+    "Setting",
+    "Slice",
+    "SourceRef",
+    "check_value",
+    "parse_recipe",
+    "read_recipe",
+    "value_at",
+]
+
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-class Rule(StrictModel):
-    """A value, and the tensors it is for.
-
-    Attributes:
-        role: Only tensors of this role; None: any.
-        match: Only tensors whose name contains this text; None: any.
-        value: A number, switch or choice, or anchors spread evenly from the first layer to the last.
-    """
-
-    role: Role | None = None
-    match: str | None = Field(default=None, min_length=1, max_length=200)
-    value: Scalar | tuple[float, ...]
-
-    @field_validator("value")
-    @classmethod
-    def _shorten(cls, value: Scalar | tuple[float, ...]) -> Scalar | tuple[float, ...]:
-        if isinstance(value, tuple):
-            if all(anchor == value[0] for anchor in value):
-                return value[0] + 0.0
-            return tuple(anchor + 0.0 for anchor in value)
-        # Adding zero turns -0.0 into 0.0, so that equal numbers look equal.
-        return value if isinstance(value, bool | str) else value + 0.0
-
-    @property
-    def general(self) -> bool:
-        """Whether it applies to every tensor."""
-        return self.role is None and self.match is None
-
-    def applies(self, place: Place) -> bool:
-        """Whether it is for the tensor at `place`."""
-        if self.role is not None and self.role != place.role:
-            return False
-        return self.match is None or self.match in place.name
-
-    def at(self, depth: float) -> Scalar:
-        """Return the value at a depth in [0, 1]."""
-        if not isinstance(self.value, tuple):
-            return self.value
-        position = depth * (len(self.value) - 1)
-        nearest_anchor = round(position)
-        if abs(position - nearest_anchor) < ON_ANCHOR:
-            return self.value[nearest_anchor]
-        left = int(position)
-        share = position - left
-        return (1 - share) * self.value[left] + share * self.value[left + 1]
-
-
-Setting = tuple[Rule, ...]
-
-ON_ANCHOR = 1e-9
-"""Depths this near to an anchor, in steps between anchors, get its value and no blend with its neighbour."""
-
-
-def _rules(name: str, value: Any) -> Any:
-    """Return a setting in its long form, whatever form it was written in."""
-    if isinstance(value, dict | Rule):
-        return [value]
-    items = list(value) if isinstance(value, list | tuple) else []
-    if items and all(isinstance(item, dict | Rule) for item in items):
-        return items
-    anchors = bool(items) and all(_is_number(item) for item in items)
-    if not (anchors or isinstance(value, bool | str) or _is_number(value)):
-        raise ValueError(
-            f"{name}: expected a number, switch or choice, a list of numbers, or a list of rules with a "
-            f"value each, got {one_line(json.dumps(value, default=str))[:80]}"
-        )
-    return [{"value": items or value}]
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def value_at(setting: Setting, place: Place) -> Scalar:
-    """Return what a complete setting (its last rule is general) says for one tensor."""
-    for rule in setting:
-        if rule.applies(place):
-            return rule.at(place.depth)
-    raise RecipeError(f"no value for tensor {place.name}: the last rule must have neither role nor match")
 
 
 class SourceRef(StrictModel):
@@ -156,7 +84,24 @@ class RecipeSource(SourceRef):
     @field_validator("parameters", mode="before")
     @classmethod
     def _long_form(cls, data: Any) -> Any:
-        return {key: _rules(key, value) for key, value in data.items()} if isinstance(data, dict) else data
+        return {key: rules_of(key, value) for key, value in data.items()} if isinstance(data, dict) else data
+
+
+class Slice(StrictModel):
+    """Consecutive layers of the merged model, and the layers of each source that they are made of.
+
+    Attributes:
+        layers: Name of a source, or of the base, to its first layer and the one behind its last, from 0; all
+            of one length. Sources that are not named do not take part.
+    """
+
+    layers: dict[str, tuple[int, int]] = Field(min_length=1)
+
+    @property
+    def count(self) -> int:
+        """Number of layers."""
+        first, end = next(iter(self.layers.values()))
+        return end - first
 
 
 class Recipe(StrictModel):
@@ -170,6 +115,8 @@ class Recipe(StrictModel):
         parameters: Parameters of the method as a whole.
         seed: Of the random masks; it is part of the identity only where the method draws any.
         tokenizer: Name of the source whose tokenizer and configs the model takes; None: base, else first.
+        slices: The layers of the merged model from first to last; empty: every layer of every source, in
+            place. Embedding, head and final norm come from the sources of the first and the last slice.
         dtype: Of the merged weights; None: each tensor keeps the dtype it has in the base, else first source.
     """
 
@@ -180,18 +127,20 @@ class Recipe(StrictModel):
     parameters: dict[str, Setting] = Field(default_factory=dict)
     seed: int = Field(default=0, ge=0, lt=2**63)
     tokenizer: str | None = None
+    slices: tuple[Slice, ...] = ()
     dtype: Dtype | None = None
 
     @field_validator("parameters", mode="before")
     @classmethod
     def _long_form(cls, data: Any) -> Any:
-        return {key: _rules(key, value) for key, value in data.items()} if isinstance(data, dict) else data
+        return {key: rules_of(key, value) for key, value in data.items()} if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         try:
             method = method_named(self.method)
             self._check_sources(method)
+            self._check_slices(method)
             _complete(self.parameters, method, "method", "parameters")
             for source in self.sources:
                 _complete(source.parameters, method, "source", f"sources.{source.name}.parameters")
@@ -207,13 +156,35 @@ class Recipe(StrictModel):
                 raise RecipeError(f'sources: the name "{name}" is used twice')
         if method.needs_base and self.base is None:
             raise RecipeError(f"base: method {method.name} works on deltas from a base; name one")
-        if not method.needs_base and self.base is not None:
+        if not method.takes_base and self.base is not None:
             raise RecipeError(f"base: method {method.name} has no base; list it as a source or leave it out")
-        if len(names) < method.min_sources or len(names) > (method.max_sources or len(names)):
-            wanted = str(method.min_sources) if method.max_sources else f"at least {method.min_sources}"
-            raise RecipeError(f"sources: method {method.name} takes {wanted}, got {len(names)}")
+        if not self.slices:
+            _check_count(len(names), method, "sources")
         if self.tokenizer is not None and self.tokenizer not in known:
             raise RecipeError(f'tokenizer: "{self.tokenizer}" is none of {", ".join(known)}')
+
+    def _check_slices(self, method: Method) -> None:
+        names = [source.name for source in self.sources]
+        known = [ref.name for ref in self.refs]
+        used: set[str] = set()
+        for i, piece in enumerate(self.slices):
+            where = f"slices.{i}.layers"
+            for name, (first, end) in piece.layers.items():
+                if name not in known:
+                    raise RecipeError(f'{where}: "{name}" is none of {", ".join(known)}')
+                if not 0 <= first < end:
+                    raise RecipeError(f"{where}.{name}: expected [first, end) from 0, got [{first}, {end}]")
+                if end - first != piece.count:
+                    raise RecipeError(
+                        f"{where}.{name}: {end - first} layers, but {piece.count} of "
+                        f"{next(iter(piece.layers))}; all sources of a slice give as many"
+                    )
+            if self.base is not None and self.base.name not in piece.layers:
+                raise RecipeError(f'{where}: the base "{self.base.name}" is missing')
+            _check_count(sum(name in piece.layers for name in names), method, where)
+            used |= set(piece.layers)
+        if self.slices and used != set(known):
+            raise RecipeError(f'slices: no slice has layers of "{next(n for n in known if n not in used)}"')
 
     @property
     def refs(self) -> tuple[SourceRef, ...]:
@@ -240,6 +211,8 @@ class Recipe(StrictModel):
             "tokenizer": tokenizer,
             "dtype": self.dtype,
         }
+        if self.slices:
+            content["slices"] = [[piece.layers.get(ref.name) for ref in self.refs] for piece in self.slices]
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
     def located(self, base_dir: Path) -> Recipe:
@@ -261,6 +234,8 @@ class Recipe(StrictModel):
         """Return plain data that `Recipe.model_validate` takes back."""
         data: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
         data["parameters"] = _plain(self.parameters)
+        if not self.slices:
+            del data["slices"]
         for source, written in zip(self.sources, data["sources"], strict=True):
             written["parameters"] = _plain(source.parameters)
         return data
@@ -268,6 +243,12 @@ class Recipe(StrictModel):
     def to_yaml(self) -> str:
         """Return the recipe as a file that `read_recipe` takes back."""
         return dump_yaml(self.to_json())
+
+
+def _check_count(count: int, method: Method, where: str) -> None:
+    if count < method.min_sources or count > (method.max_sources or count):
+        wanted = str(method.min_sources) if method.max_sources else f"at least {method.min_sources}"
+        raise RecipeError(f"{where}: method {method.name} takes {wanted}, got {count}")
 
 
 def _complete(settings: dict[str, Setting], method: Method, scope: Scope, where: str) -> None:
@@ -301,26 +282,12 @@ def _complete(settings: dict[str, Setting], method: Method, scope: Scope, where:
 
 def _without_unreachable(setting: Setting) -> Setting:
     """Leave out rules behind one that applies to every tensor, or to the same tensors."""
-    kept: dict[tuple[Role | None, str | None], Rule] = {}
+    kept: dict[tuple[Any, ...], Rule] = {}
     for rule in setting:
-        kept.setdefault((rule.role, rule.match), rule)
+        kept.setdefault((rule.role, rule.match, rule.slice), rule)
         if rule.general:
             break
     return tuple(kept.values())
-
-
-def check_value(value: Scalar, parameter: Parameter, where: str) -> None:
-    """Raise RecipeError unless a parameter may have this value."""
-    if parameter.choices:
-        if value not in parameter.choices or type(value) is not type(parameter.choices[0]):
-            choices = ", ".join(str(choice).lower() for choice in parameter.choices)
-            raise RecipeError(f"{where}: expected one of {choices}, got {value!r}")
-        return
-    if isinstance(value, bool | str) or not math.isfinite(value):
-        raise RecipeError(f"{where}: expected a number, got {value!r}")
-    low, high = parameter.valid_low, parameter.valid_high
-    if (low is not None and value < low) or (high is not None and value > high):
-        raise RecipeError(f"{where}: expected {low} to {high}, got {value}")
 
 
 def _plain(settings: Mapping[str, Setting]) -> dict[str, Any]:

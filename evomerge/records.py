@@ -26,12 +26,16 @@ class Place:
         role: What it belongs to; everything inside an attention block is `attention`, also its norms.
         layer: Index of its decoder layer; None outside the layers.
         depth: 0 at the first layer and before it, 1 at the last layer and behind it, linear between.
+        slice: Index of the recipe's slice it belongs to; None for recipes without slices.
+        slice_depth: Depth within the slice, likewise.
     """
 
     name: str
     role: Role
     layer: int | None
     depth: float
+    slice: int | None = None
+    slice_depth: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

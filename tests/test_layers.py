@@ -17,7 +17,7 @@ LAYERS = (
     ("workers",),
     ("merging", "fitness"),
     ("spaces", "optimizers", "store", "checkpoints"),
-    ("recipe", "mergekit", "mergekit_evolve", "mergekit_writer", "catalogue", "records", "strict"),
+    ("recipe", "rules", "mergekit", "mergekit_evolve", "mergekit_writer", "catalogue", "records", "strict"),
     ("errors", "seeding"),
 )
 """From top to bottom; a part may import from its own layer and from those below it."""

@@ -59,6 +59,7 @@ class Layout:
         places: Tensor name to place, in the checkpoint's order.
         tied: Whether the head is the embedding.
         order: Every role and the parts of names that make it, in the order in which they are looked for.
+        layers: Name of a layer's tensors up to the layer's own part, with `{i}` for the index.
     """
 
     family: str
@@ -66,6 +67,12 @@ class Layout:
     places: dict[str, Place]
     tied: bool
     order: tuple[tuple[Role, tuple[str, ...]], ...]
+    layers: str = "model.layers.{i}."
+
+    def of_layer(self, name: str, layer: int) -> str:
+        """Return the name that a layer's tensor has in another layer."""
+        before, _ = self.layers.split("{i}")
+        return before + str(layer) + name.removeprefix(before).lstrip("0123456789")
 
     def roles(self) -> tuple[Role, ...]:
         """Return the roles that occur, in the order in which names are matched; what is left is last."""
@@ -90,14 +97,15 @@ def layout_of(checkpoint: Checkpoint) -> Layout:
     config = checkpoint.text_config
     family = _families().get(checkpoint.config["model_type"]) or _families()["generic"]
     count = _layer_count(checkpoint, config, family)
-    before, after = (family.layers or _guess_layers(checkpoint, count)).split("{i}")
+    named = family.layers or _guess_layers(checkpoint, count)
+    before, after = named.split("{i}")
     pattern = re.compile(rf"^{re.escape(before)}(\d+){re.escape(after)}")
     layers = {name: int(match[1]) for name in checkpoint.tensors if (match := pattern.match(name))}
     count = count or max(layers.values(), default=-1) + 1
     _check_layers(checkpoint, set(layers.values()), count, f"{before}N")
     places = {name: _place(name, family.role(name), layers.get(name), count) for name in checkpoint.tensors}
     tied = _check_ends(checkpoint, config, {place.role for place in places.values()})
-    return Layout(family.name, count, places, tied, tuple(family.roles.items()))
+    return Layout(family.name, count, places, tied, tuple(family.roles.items()), named)
 
 
 def _place(name: str, role: Role, layer: int | None, count: int) -> Place:

@@ -183,7 +183,7 @@ def methods(as_json: JsonOption = False) -> None:
         return
     rows = []
     for method in CATALOGUE.values():
-        needs = "base" if method.needs_base else "no base"
+        needs = {"required": "base", "none": "no base", "optional": "base optional"}[method.base]
         rows.append((method.name, f"{method.title} ({needs})", "", "", method.paper))
         for p in method.parameters:
             span = ", ".join(str(c).lower() for c in p.choices) or f"{p.low:g} to {p.high:g}"

@@ -80,12 +80,12 @@ class LiveModel:
         written = getattr(self._config, "dtype", None)
         if isinstance(written, torch.dtype):
             return written
-        floating = (self._merger.dtype_of(recipe, name) for name in self._layout.places)
+        floating = (self._merger.dtype_of(recipe, name) for name in self._merger.outputs(recipe))
         return next(dtype for dtype in floating if dtype.is_floating_point)
 
     def _build(self, recipe: Recipe, dtype: torch.dtype) -> None:
         self.model = self._targets = None  # room for the new one
-        state = {name: self._merger.merge(recipe, name) for name in self._layout.places}
+        state = {name: self._merger.merge(recipe, name) for name in self._merger.outputs(recipe)}
         with quiet():
             with torch.device("meta"):  # the config is copied, as transformers writes into it
                 kind = type(AutoModelForCausalLM.from_config(copy.deepcopy(self._config)))

@@ -8,6 +8,7 @@ again for every candidate, with the same result.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from evomerge.checkpoints.layout import Layout
 from evomerge.checkpoints.source import Checkpoint
 from evomerge.errors import RecipeError
 from evomerge.merging.methods import KERNELS, Sources, Values
-from evomerge.recipe import Recipe, Setting, SourceRef, value_at
+from evomerge.merging.outline import Output, outline
+from evomerge.recipe import Recipe, RecipeSource, Setting, SourceRef, value_at
 from evomerge.records import Place
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,7 +47,9 @@ class Merger:
         self._checkpoints = checkpoints
         self._device = torch.device(device)
         self._left = float("inf") if budget_bytes is None else float(budget_bytes)
-        self._kept: dict[tuple[Any, ...], tuple[int, Any]] = {}
+        self._kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+        self._outlines: dict[Any, dict[str, Output]] = {}
+        self._whole: tuple[str, Any] | None = None
         self.layout = layout
 
     @property
@@ -53,9 +57,21 @@ class Merger:
         """Bytes of the tensors and prepared state that are kept between candidates."""
         return sum(_nbytes(kept) for _, kept in self._kept.values())
 
+    def outputs(self, recipe: Recipe) -> Mapping[str, Output]:
+        """Return the tensors of the recipe's model by name, in their order."""
+        key = (recipe.slices, tuple(ref.name for ref in recipe.refs))
+        if key not in self._outlines:
+            self._outlines = {key: outline(recipe, self.layout)}
+        return self._outlines[key]
+
+    def layers(self, recipe: Recipe) -> int:
+        """Return the number of layers of the recipe's model."""
+        return sum(piece.count for piece in recipe.slices) or self.layout.num_layers
+
     def dtype_of(self, recipe: Recipe, name: str) -> torch.dtype:
         """Return the dtype that the merged tensor `name` is stored in; integers stay what they are."""
-        stored = self._checkpoint(recipe.reference).tensor(name).dtype
+        ref, stored_name = self._inputs(recipe, self.outputs(recipe)[name])[0]
+        stored = self._checkpoint(ref).tensor(stored_name).dtype
         return DTYPES[recipe.dtype] if recipe.dtype and stored.is_floating_point else stored
 
     def merge(self, recipe: Recipe, name: str, out: Tensor | None = None) -> Tensor:
@@ -63,45 +79,42 @@ class Merger:
 
         Args:
             recipe: Its sources must be among the checkpoints.
-            name: The tensor's name in the checkpoints.
+            name: The tensor's name in the merged model.
             out: Written to if given: the tensor's shape, contiguous, on the merger's device. If its dtype
                 is not the recipe's, the result is rounded to the recipe's dtype first.
 
         Returns:
             `out`, or a new tensor in the recipe's dtype.
         """
-        refs = recipe.refs
-        tensors = tuple(self._tensor(ref, name) for ref in refs)
+        work = _Work(self, recipe, self.outputs(recipe)[name])
+        sources = work.sources()
         dtype = self.dtype_of(recipe, name)
+        first = sources.tensors[0] if sources.base is None else sources.base
         if out is not None and out.dtype == dtype:
             result = out
         else:
-            result = torch.empty(tensors[0].shape, dtype=dtype, device=self._device)
-        if not tensors[0].is_floating_point():
-            result.copy_(tensors[0])
+            result = torch.empty(first.shape, dtype=dtype, device=self._device)
+        if not first.is_floating_point():
+            result.copy_(first)
         else:
-            self._merge(recipe, self.layout.places[name], tensors, result)
+            values = replace(work.values, whole=self._whole_of(recipe))
+            KERNELS[recipe.method].merge(sources, work.prepared(), values, result)
         return result if out is None or out is result else out.copy_(result)
 
-    def _merge(self, recipe: Recipe, place: Place, tensors: tuple[Tensor, ...], out: Tensor) -> None:
+    def _whole_of(self, recipe: Recipe) -> Any:
+        """Return what the recipe's method needs to know of the whole model, found once per candidate."""
         kernel = KERNELS[recipe.method]
-        count = len(recipe.sources)
-        sources = Sources(
-            base=tensors[0] if recipe.base else None,
-            tensors=tensors[-count:],
-            keys=tuple(f"{source.identity}\x1f{place.name}" for source in recipe.sources),
-        )
-        seed = recipe.seed if kernel.method.random else 0
-        identities = tuple(ref.identity for ref in recipe.refs)
-        prepared = self._keep(
-            ("prepared", recipe.method, identities, place.name), lambda: kernel.prepare(sources, seed), seed
-        )
-        values = Values(
-            method=_at(recipe.parameters, place),
-            sources=tuple(_at(source.parameters, place) for source in recipe.sources),
-            seed=recipe.seed,
-        )
-        kernel.merge(sources, prepared, values, out)
+        if not kernel.method.whole_model:
+            return None
+        if self._whole is None or self._whole[0] != recipe.digest:
+            self._whole = None
+            works = [_Work(self, recipe, output) for output in self.outputs(recipe).values()]
+            floating = [work for work in works if work.sources().tensors[0].is_floating_point()]
+            self._whole = (recipe.digest, kernel.whole(floating))
+        return self._whole[1]
+
+    def _inputs(self, recipe: Recipe, output: Output) -> list[tuple[SourceRef, str]]:
+        return [(ref, output.inputs[ref.name]) for ref in recipe.refs if ref.name in output.inputs]
 
     def _tensor(self, ref: SourceRef, name: str) -> Tensor:
         mapped = self._checkpoint(ref).tensor(name)
@@ -112,10 +125,10 @@ class Merger:
         )
         return kept
 
-    def _keep(self, key: tuple[Any, ...], make: Callable[[], Any], seed: int = 0) -> Any:
-        """Return what `make` makes, from memory if it was kept before; a new seed replaces the old one's."""
+    def _keep(self, key: tuple[Any, ...], make: Callable[[], Any], state: Any = None) -> Any:
+        """Return what `make` makes, from memory if it was kept in this state; another state replaces it."""
         kept = self._kept.get(key)
-        if kept is not None and kept[0] == seed:
+        if kept is not None and kept[0] == state:
             return kept[1]
         if kept is not None:
             self._left += _nbytes(self._kept.pop(key)[1])
@@ -124,7 +137,7 @@ class Merger:
         size = _nbytes(made)
         if size <= self._left:
             self._left -= size
-            self._kept[key] = (seed, made)
+            self._kept[key] = (state, made)
         return made
 
     def _checkpoint(self, ref: SourceRef) -> Checkpoint:
@@ -134,6 +147,56 @@ class Merger:
             raise RecipeError(
                 f"source {ref.name} ({ref.path}) is not among the checkpoints at hand"
             ) from None
+
+
+class _Work:
+    """One tensor of one candidate; reads and prepares when asked to."""
+
+    def __init__(self, merger: Merger, recipe: Recipe, output: Output) -> None:
+        self.merger, self.recipe, self.output = merger, recipe, output
+        self.values = Values(
+            method=_scaled_by_depth(_at(recipe.parameters, output.place), output.place),
+            sources=tuple(_at(source.parameters, output.place) for source in self._merged),
+            seed=recipe.seed,
+        )
+
+    @property
+    def _merged(self) -> list[RecipeSource]:
+        return [source for source in self.recipe.sources if source.name in self.output.inputs]
+
+    def sources(self) -> Sources:
+        inputs = self.output.inputs
+        tensors = [
+            self.merger._tensor(ref, name) for ref, name in self.merger._inputs(self.recipe, self.output)
+        ]
+        return Sources(
+            base=tensors[0] if self.recipe.base else None,
+            tensors=tuple(tensors[-len(self._merged) :]),
+            keys=tuple(f"{source.identity}\x1f{inputs[source.name]}" for source in self._merged),
+            place=self.output.place,
+            layers=self.merger.layers(self.recipe),
+        )
+
+    def prepared(self) -> Any:
+        kernel = KERNELS[self.recipe.method]
+        state = tuple(
+            self.values.seed
+            if name == "seed"
+            else (self.values.method.get(name), *(source.get(name) for source in self.values.sources))
+            for name in kernel.prepared_by
+        )
+        inputs = [(ref.identity, name) for ref, name in self.merger._inputs(self.recipe, self.output)]
+        key = ("prepared", self.recipe.method, self.output.place.layer, *inputs)
+        return self.merger._keep(key, lambda: kernel.prepare(self.sources(), self.values), state)
+
+
+def _scaled_by_depth(method: dict[str, Any], place: Place) -> dict[str, Any]:
+    """Return the method's parameters with the factor of LiNeS in `lambda` (arXiv 2410.17146, section 4)."""
+    alpha, beta = method.get("lines_alpha", 1.0), method.get("lines_beta", 0.0)
+    if "lambda" in method and (alpha, beta) != (1.0, 0.0):
+        factor = alpha if place.layer is None else alpha + beta * place.depth
+        method["lambda"] *= factor
+    return method
 
 
 def _at(settings: Mapping[str, Setting], place: Place) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from evomerge.checkpoints.tokenizer import copy_tokenizer
 from evomerge.checkpoints.writer import DTYPES as WRITABLE
 from evomerge.checkpoints.writer import Writer, check_target
 from evomerge.merging.merger import Merger
+from evomerge.merging.outline import Output
 from evomerge.recipe import Recipe, SourceRef
 
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in WRITABLE.items()}
@@ -61,9 +62,10 @@ def write_model(
     reference = checkpoints[recipe.reference.name]
     layout = layout_of(reference)
     merger = Merger(by_identity, layout, budget_bytes=0)
-    names = list(layout.places)
+    outputs = merger.outputs(recipe)
+    names = list(outputs)
     dtypes = [merger.dtype_of(recipe, name) for name in names]
-    shapes = [reference.tensors[name].shape for name in names]
+    shapes = [_shape(output, checkpoints) for output in outputs.values()]
     plan = [
         (name, SAFETENSORS_DTYPES[dtype], shape)
         for name, dtype, shape in zip(names, dtypes, shapes, strict=True)
@@ -83,6 +85,11 @@ def write_model(
         for name, text in (texts or {}).items():
             writer.add_text(name, text)
         return writer.commit()
+
+
+def _shape(output: Output, checkpoints: Mapping[str, Checkpoint]) -> tuple[int, ...]:
+    source, name = next(iter(output.inputs.items()))
+    return checkpoints[source].tensors[name].shape
 
 
 def merged_config(config: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:

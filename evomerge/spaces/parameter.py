@@ -108,7 +108,7 @@ class ParameterSpace:
     ) -> None:
         self.settings = settings
         self.method = method_named(settings.method)
-        self._base = base if self.method.needs_base else None
+        self._base = base if self.method.takes_base else None
         self._sources = tuple(sources)
         self._places = tuple(places)
         self._layers = num_layers

@@ -18,12 +18,16 @@ from torch import Tensor
 from evomerge.catalogue import CATALOGUE, Parameter
 from evomerge.merging.methods import KERNELS, Sources, Values, base
 from evomerge.recipe import Scalar
+from evomerge.records import Place
 
 Array = npt.NDArray[np.float64]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((), (1,), (2,), (7,), (3, 5), (64,), (2, 3, 4), (1, 129))
 EXACT_NUMBERS = (-1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 2.0)
 """Multiples of 1/4: with deltas that are multiples of 1/8, float32 makes no rounding error."""
+
+
+PLACE = Place("model.layers.1.mlp.up_proj.weight", "mlp", 1, 1 / 3)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Case:
         sources: Parameters of each source.
         seed: Of the masks.
         exact: Whether float32 computes every sum of this case without error.
+        place: Where the tensor sits.
+        layers: Number of layers of the model.
     """
 
     base: Tensor | None
@@ -45,11 +51,18 @@ class Case:
     sources: tuple[Mapping[str, Scalar], ...]
     seed: int = 0
     exact: bool = False
+    place: Place = PLACE
+    layers: int = 4
 
     @property
     def keys(self) -> tuple[str, ...]:
         """What identifies the sources: their content, so that it moves along when they are permuted."""
         return tuple(hashlib.sha256(raw(tensor)).hexdigest() for tensor in self.tensors)
+
+    @property
+    def inputs(self) -> Sources:
+        """What the kernel is given."""
+        return Sources(self.base, self.tensors, self.keys, self.place, self.layers)
 
     def numbers(self, name: str) -> list[float]:
         """Return a parameter of every source."""
@@ -98,13 +111,30 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     return first.dtype == second.dtype and first.shape == second.shape and raw(first) == raw(second)
 
 
+@dataclass
+class Single:
+    """A model of one tensor, as `Kernel.whole` sees it."""
+
+    values: Values
+    tensors: Sources
+    state: Any
+
+    def sources(self) -> Sources:
+        return self.tensors
+
+    def prepared(self) -> Any:
+        return self.state
+
+
 def merged(name: str, case: Case, dtype: torch.dtype | None = None, prepared: Any = ...) -> Tensor:
     """Return what the kernel makes of a case, in the first source's dtype unless one is given."""
     kernel = KERNELS[name]
-    sources = Sources(case.base, case.tensors, case.keys)
-    state = kernel.prepare(sources, case.seed) if prepared is ... else prepared
+    values = Values(case.method, case.sources, case.seed)
+    state = kernel.prepare(case.inputs, values) if prepared is ... else prepared
+    if kernel.method.whole_model:
+        values = replace(values, whole=kernel.whole([Single(values, case.inputs, state)]))
     out = torch.full(case.tensors[0].shape, float("nan"), dtype=dtype or case.tensors[0].dtype)
-    kernel.merge(sources, state, Values(case.method, case.sources, case.seed), out)
+    kernel.merge(case.inputs, state, values, out)
     return out
 
 
@@ -154,7 +184,7 @@ class MethodContract:
         return merged(self.name, case, dtype, prepared)
 
     def prepared(self, case: Case) -> Any:
-        return KERNELS[self.name].prepare(Sources(case.base, case.tensors, case.keys), case.seed)
+        return KERNELS[self.name].prepare(case.inputs, Values(case.method, case.sources, case.seed))
 
     def parameters(
         self, method: Mapping[str, Scalar], sources: Sequence[Mapping[str, Scalar]]
@@ -181,7 +211,9 @@ class MethodContract:
     ) -> Case:
         """Return a case from nested lists or tensors; `parameters` are those of the sources."""
         tensors = tuple(torch.as_tensor(source).to(dtype) for source in sources)
-        start = torch.as_tensor(base).to(dtype) if CATALOGUE[self.name].needs_base else None
+        start = (
+            torch.as_tensor(base).to(dtype) if CATALOGUE[self.name].takes_base and base is not None else None
+        )
         return Case(start, tensors, **self.parameters(method, parameters or [{} for _ in sources]), seed=seed)
 
     def random_case(

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from evomerge.errors import CandidateError
-from evomerge.merging.methods import KERNELS, Sources
+from evomerge.merging.methods import KERNELS, Sources, Values
 from evomerge.recipe import Scalar
 from tests.contracts.method import (
     DTYPES,
+    PLACE,
     Case,
     DeltaContract,
     Expected,
@@ -186,7 +187,8 @@ class TestSlerp(MethodContract):
         first = torch.tensor([1.0, 0.0])
         for angle, straight in ((0.0316, True), (0.0317, False)):  # acos(0.9995) is 0.031624
             second = sign * torch.tensor([math.cos(angle), math.sin(angle)])
-            state = KERNELS["slerp"].prepare(Sources(None, (first, second), ("", "")), 0)
+            inputs = Sources(None, (first, second), ("", ""), PLACE, 4)
+            state = KERNELS["slerp"].prepare(inputs, Values({}, (), 0))
             assert (state is None) == straight
 
     def test_point_between_directions_of_one_length_has_that_length(self) -> None:

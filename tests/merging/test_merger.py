@@ -28,11 +28,12 @@ class Counting(Kernel):
     def __init__(self, inner: Kernel) -> None:
         self.inner = inner
         self.method = inner.method
+        self.prepared_by = inner.prepared_by  # type: ignore[misc]
         self.prepared: list[int] = []
 
-    def prepare(self, sources: Sources, seed: int) -> Any:
-        self.prepared.append(seed)
-        return self.inner.prepare(sources, seed)
+    def prepare(self, sources: Sources, values: Values) -> Any:
+        self.prepared.append(values.seed)
+        return self.inner.prepare(sources, values)
 
     def merge(self, sources: Sources, prepared: Any, values: Values, out: Tensor) -> None:
         self.inner.merge(sources, prepared, values, out)

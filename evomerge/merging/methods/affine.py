@@ -50,15 +50,14 @@ class TaskArithmetic(Kernel):
         weights = shares(values.numbers("weight"), bool(values.method["normalize"]))
         scale = values.number("lambda")
         factors = [scale * weight for weight in weights]
-        base = _base(sources)
-        weighted_sum((base, *sources.tensors), (1.0 - math.fsum(factors), *factors), out)
+        weighted_sum((sources.given_base, *sources.tensors), (1.0 - math.fsum(factors), *factors), out)
 
 
 @kernel("slerp")
 class Slerp(Kernel):
     """Great-circle interpolation of two flattened tensors; prepared: the sine and angle between them."""
 
-    def prepare(self, sources: Sources, seed: int) -> float | None:
+    def prepare(self, sources: Sources, values: Values) -> float | None:
         """Return the angle in radians between the two tensors; None where a straight line is exact."""
         first, second = (tensor.view(-1) for tensor in sources.tensors)
         norms = math.sqrt(_dot(first, first)) * math.sqrt(_dot(second, second))
@@ -83,9 +82,3 @@ def _dot(first: Tensor, second: Tensor) -> float:
     """Return the scalar product in float64."""
     parts = blocks(first.numel(), first.device)
     return math.fsum(total(first[part].double().mul_(second[part])) for part in parts)
-
-
-def _base(sources: Sources) -> Tensor:
-    if sources.base is None:
-        raise ValueError("a kernel that works on deltas was given no base")
-    return sources.base

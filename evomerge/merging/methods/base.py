@@ -12,13 +12,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from evomerge.catalogue import CATALOGUE, Method
 from evomerge.recipe import Scalar
+from evomerge.records import Place
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements worked on at a time on a CPU: few enough to stay in cache, enough to outweigh a call's cost."""
@@ -32,24 +33,43 @@ class Sources:
     """One tensor as it is in the base and in every source.
 
     Attributes:
-        base: The base's tensor; None for methods without a base.
+        base: The base's tensor; None where there is no base.
         tensors: The sources' tensors, all of one shape, any floating dtype, contiguous.
         keys: For each source, what its random mask is keyed by besides the recipe's seed: the source's
             content and the tensor's name.
+        place: Where the tensor sits in the merged model.
+        layers: Number of layers of the merged model.
     """
 
     base: Tensor | None
     tensors: tuple[Tensor, ...]
     keys: tuple[str, ...]
+    place: Place
+    layers: int
+
+    @property
+    def given_base(self) -> Tensor:
+        """The base's tensor, for methods that need one."""
+        if self.base is None:
+            raise ValueError("a kernel that works on deltas was given no base")
+        return self.base
 
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """The parameters that hold for one tensor: of the method, and of each source in order."""
+    """The parameters that hold for one tensor: of the method, and of each source in order.
+
+    Attributes:
+        method: Parameters of the method; `lambda` has the factor of LiNeS in it.
+        sources: Parameters of each source.
+        seed: The recipe's seed.
+        whole: What `Kernel.whole` returned for this candidate; None for methods that look at one tensor.
+    """
 
     method: Mapping[str, Scalar]
     sources: tuple[Mapping[str, Scalar], ...]
     seed: int
+    whole: Any = None
 
     def number(self, name: str) -> float:
         """Return a real parameter of the method."""
@@ -60,18 +80,47 @@ class Values:
         return [float(source[name]) for source in self.sources]
 
 
+class View(Protocol):
+    """One tensor of a candidate as `Kernel.whole` sees it; reading and preparing happen when asked for."""
+
+    values: Values
+
+    def sources(self) -> Sources:
+        """Return the tensor of the base and every source."""
+
+    def prepared(self) -> Any:
+        """Return what the kernel's `prepare` made of it."""
+
+
 class Kernel(ABC):
-    """One method's arithmetic on one tensor; stateless."""
+    """One method's arithmetic on one tensor; stateless.
+
+    Attributes:
+        method: Its entry of the catalogue.
+        prepared_by: Names of the parameters that prepared state depends on, besides `seed` if it is named.
+            A search that varies one of them prepares again.
+    """
 
     method: Method
+    prepared_by: ClassVar[tuple[str, ...]] = ()
 
-    def prepare(self, sources: Sources, seed: int) -> Any:
+    def prepare(self, sources: Sources, values: Values) -> Any:
         """Return what does not depend on searched parameters, or None where there is nothing to keep.
 
-        It may use the recipe's seed, which a search keeps or varies; prepared state is kept per seed only
-        where the method is random.
+        Of `values` it may read what `prepared_by` names, and nothing else. What it returns is a tensor, a
+        number, None, or a tuple or dataclass with slots of these; the tensors in it count as memory.
         """
-        del sources, seed
+        del sources, values
+
+    def whole(self, tensors: Sequence[View]) -> Any:
+        """Return what merging any tensor of a candidate needs to know of all of them.
+
+        Called once per candidate, for methods whose catalogue entry says `whole_model`.
+
+        Args:
+            tensors: Every floating tensor of the model, in its order.
+        """
+        del tensors
 
     @abstractmethod
     def merge(self, sources: Sources, prepared: Any, values: Values, out: Tensor) -> None:

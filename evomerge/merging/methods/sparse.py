@@ -48,9 +48,7 @@ class Thinned:
 
 
 def _deltas(sources: Sources) -> tuple[Tensor, ...]:
-    if sources.base is None:
-        raise ValueError("a kernel that works on deltas was given no base")
-    base = sources.base.view(-1)
+    base = sources.given_base.view(-1)
     return tuple(tensor.view(-1).to(torch.float32, copy=True).sub_(base) for tensor in sources.tensors)
 
 
@@ -111,7 +109,7 @@ class _Thinning(Kernel):
         normalize = bool(values.method["normalize"])
         weights = shares(values.numbers("weight"), normalize and not self.votes)
         cuts = [self.cut(prepared, values, i, weight) for i, weight in enumerate(weights)]
-        base, flat_out = sources.base.view(-1), out.view(-1)  # type: ignore[union-attr]
+        base, flat_out = sources.given_base.view(-1), out.view(-1)
         buffers = block_buffers(len(cuts) + 2, flat_out)
         for part in blocks(flat_out.numel(), out.device):
             *pieces, first, second = buffers[:, : part.stop - part.start]
@@ -170,7 +168,7 @@ class Ties(_Thinning):
 
     votes = True
 
-    def prepare(self, sources: Sources, seed: int) -> Thinned:
+    def prepare(self, sources: Sources, values: Values) -> Thinned:
         """Return deltas and their magnitude ranks."""
         deltas = _deltas(sources)
         return Thinned(deltas, tuple(magnitude_ranks(delta) for delta in deltas), (0.0,) * len(deltas))
@@ -182,10 +180,14 @@ class Ties(_Thinning):
 class _Dare(_Thinning):
     """Keep each entry with probability `density`, then rescale the survivors."""
 
-    def prepare(self, sources: Sources, seed: int) -> Thinned:
+    prepared_by = ("seed",)
+
+    def prepare(self, sources: Sources, values: Values) -> Thinned:
         """Return deltas, their uniform codes for the recipe's seed, and their L1 norms."""
         deltas = _deltas(sources)
-        codes = tuple(uniform_codes(seed, key, deltas[0].numel(), deltas[0].device) for key in sources.keys)
+        codes = tuple(
+            uniform_codes(values.seed, key, deltas[0].numel(), deltas[0].device) for key in sources.keys
+        )
         norms = tuple(total(delta.abs()) for delta in deltas)
         return Thinned(deltas, codes, norms)
 

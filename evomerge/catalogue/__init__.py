@@ -1,0 +1,31 @@
+"""The merge methods: their parameters, ranges, defaults, needs and papers. No torch.
+
+Recipe, space and kernels all read this one table, so a parameter exists here or nowhere.
+"""
+
+from __future__ import annotations
+
+from evomerge.catalogue.averages import AVERAGES
+from evomerge.catalogue.elementwise import ELEMENTWISE
+from evomerge.catalogue.entry import Method, Parameter, Scope
+from evomerge.catalogue.spectral import SPECTRAL
+from evomerge.catalogue.thinned import THINNED
+from evomerge.errors import RecipeError, nearest
+
+__all__ = ["CATALOGUE", "Method", "Parameter", "Scope", "method_named"]
+
+CATALOGUE: dict[str, Method] = {
+    method.name: method for method in (*AVERAGES, *THINNED, *ELEMENTWISE, *SPECTRAL)
+}
+
+
+def method_named(name: str) -> Method:
+    """Return a method of the catalogue.
+
+    Raises:
+        RecipeError: There is none of that name.
+    """
+    try:
+        return CATALOGUE[name]
+    except KeyError:
+        raise RecipeError(f'unknown merge method "{name}"{nearest(name, CATALOGUE)}') from None
