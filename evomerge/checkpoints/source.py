@@ -149,6 +149,10 @@ class Checkpoint:
             raise broken(self.path, f"has no tensor {show(name)}")
         return load(self._handle(info.file), info)
 
+    def is_stored(self, name: str) -> bool:
+        """Whether `tensor(name)` is a view of a file, which costs no memory; else it is computed each time."""
+        return name in self._stored
+
     def scan_finite(self) -> None:
         """Read all weights once and check them.
 

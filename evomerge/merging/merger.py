@@ -117,11 +117,12 @@ class Merger:
         return [(ref, output.inputs[ref.name]) for ref in recipe.refs if ref.name in output.inputs]
 
     def _tensor(self, ref: SourceRef, name: str) -> Tensor:
-        mapped = self._checkpoint(ref).tensor(name)
-        if self._device.type == "cpu":
-            return mapped.contiguous()
+        checkpoint = self._checkpoint(ref)
+        if self._device.type == "cpu" and checkpoint.is_stored(name):
+            return checkpoint.tensor(name).contiguous()
         kept: Tensor = self._keep(
-            ("source", ref.identity, name), lambda: mapped.to(self._device).contiguous()
+            ("source", ref.identity, name),
+            lambda: checkpoint.tensor(name).to(self._device).contiguous(),
         )
         return kept
 
