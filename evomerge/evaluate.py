@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from evomerge.checkpoints.source import Checkpoint, resolve
+from evomerge.checkpoints.opening import located, open_checkpoint
 from evomerge.config import RunConfig
 from evomerge.errors import FitnessError
 from evomerge.recipe import SourceRef, parse_recipe
@@ -27,9 +27,8 @@ def evaluate_model(model: str, config: RunConfig, base_dir: Path, split: str) ->
     Raises:
         UserError: The model or the tasks do not work, or the model cannot be scored.
     """
-    path = resolve(model)
-    checkpoint = Checkpoint.open(path)
-    source = SourceRef(name="model", path=str(path), fingerprint=checkpoint.fingerprint)
+    fingerprint = open_checkpoint(model).fingerprint
+    source = SourceRef(name="model", path=located(model, Path()), fingerprint=fingerprint)
     spec = WorkerSpec(
         sources=(source,),
         reference="model",

@@ -1,42 +1,40 @@
 """Reading mergekit's merge configs as recipes. No torch.
 
-What has no counterpart here is refused by name, never dropped. `mergekit_writer` goes the other way,
-`mergekit_evolve` reads the configs of mergekit-evolve.
+What has no counterpart here is refused by name, never dropped. `mergekit_methods` says what methods and
+parameters are called there, `mergekit_slices` how slices, filters and gradients are read; `mergekit_writer`
+goes the other way, `mergekit_evolve` reads the configs of mergekit-evolve.
+
+mergekit casts the sources to `dtype` (where it is left out, to the widest dtype among them) before it
+merges, works in it in most methods, and writes `out_dtype`. Here the sources are read as they are, work is
+done in float32 at least, and the result is rounded once to `out_dtype`, else `dtype`; so results agree to
+the rounding of `dtype` there.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evomerge.catalogue import CATALOGUE, method_named
+from evomerge.catalogue import Method, method_named
 from evomerge.errors import RecipeError, nearest
-from evomerge.recipe import (
-    Recipe,
-    parse_recipe,
-    read_recipe,
-)
+from evomerge.mergekit_methods import REQUIRED, Peer, peer_of
+from evomerge.mergekit_models import Key, layer_count, model_key, unique
+from evomerge.mergekit_slices import Entry, Member, Piece, Reader, Settings, members_of
+from evomerge.mergekit_tokens import read_tokenizer
+from evomerge.recipe import UNION, Recipe, parse_recipe, read_recipe
 from evomerge.strict import read_yaml
 
-IGNORED = frozenset({"int8_mask"})
-"""Parameters that change how mergekit computes, not what."""
+__all__ = ["from_mergekit", "model_key", "read_any_recipe", "unique"]
 
 KNOWN = frozenset(
     {
-        "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype",
+        "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
         "tokenizer_source", "tokenizer", "name", "chat_template",
     }
 )  # fmt: skip
 
-
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-"""Keys of a model config that say how many layers it has."""
-
-FINAL_NORMS = ("model.norm.", "final_layer_norm.", "final_layernorm.", "ln_f.")
-"""Parts of the names of norms behind the last layer."""
+KNOWN_SLICE = frozenset({"sources", "parameters", "base_model"})
 
 
 def read_any_recipe(path: Path) -> Recipe:
@@ -52,244 +50,192 @@ def read_any_recipe(path: Path) -> Recipe:
 def from_mergekit(data: Mapping[str, Any], where: str) -> Recipe:
     """Return a mergekit merge config as a recipe.
 
+    A slice over all layers of its models is read as if the models were listed; whether it is one is only
+    known of models that are on this machine.
+
     Raises:
         RecipeError: It uses something that has no counterpart here.
     """
     for unknown in [key for key in data if key not in KNOWN]:
         raise RecipeError(f'{where}: unknown key "{unknown}"{nearest(str(unknown), KNOWN)}')
-    method = str(data["merge_method"])
-    if method not in CATALOGUE:
-        raise RecipeError(f'{where}: merge_method: "{method}" is not supported{nearest(method, CATALOGUE)}')
-    if data.get("chat_template") is not None:
-        raise RecipeError(f"{where}: chat_template: not supported; the tokenizer's own template is kept")
-    entries, sliced = _entries(data, where)
-    base_key = model_key(data["base_model"], f"{where}: base_model") if data.get("base_model") else None
-    needs_base = method_named(method).needs_base
-    models: list[tuple[tuple[str, str | None], dict[str, Any]]] = []
-    for i, entry in enumerate(entries):
-        key = model_key(entry.get("model"), f"{where}: models.{i}")
-        own = _parameters(entry.get("parameters") or {}, method, f"{where}: models.{i}.parameters")
-        if needs_base and key == base_key:
-            if own:
-                raise RecipeError(f"{where}: models.{i}: the base takes no parameters")
-        else:
-            models.append((key, own))
-    shared = _parameters(data.get("parameters") or {}, method, f"{where}: parameters")
-    for name, rules in sliced.items():
-        shared[name] = _followed(rules, shared.get(name))
-    if method.startswith("dare"):
-        shared.setdefault("rescale", [{"value": "l1"}])
-    if not needs_base and base_key is not None and base_key not in [key for key, _ in models]:
-        # mergekit merges a base that is not listed like any other model.
-        if method != "slerp" and "weight" not in shared:
-            raise RecipeError(f"{where}: base_model: {base_key[0]} takes part in the merge; give its weight")
-        models.append((base_key, {}))
-    if method == "slerp":
-        # The base is where t is 0, whatever the order of the models.
-        models.sort(key=lambda model: model[0] != base_key)
-    method_wide = {p.name for p in method_named(method).parameters if p.scope == "method"}
-    inherited = {name: rules for name, rules in shared.items() if name not in method_wide}
-    names: dict[tuple[str, str | None], str] = {}
-    sources: list[dict[str, Any]] = []
-    for key, own in models:
-        names[key] = unique(Path(key[0]).name, {source["name"] for source in sources})
-        settings = {name: _followed(own.get(name), inherited.get(name)) for name in {**inherited, **own}}
-        sources.append({"name": names[key], "path": key[0], "revision": key[1], "parameters": settings})
+    peer = peer_of(str(data["merge_method"]), where)
+    method = method_named(str(data["merge_method"]))
+    pieces = _pieces(data, peer, where)
+    sliced = not _is_whole(pieces)
+    base = _base_of(pieces, method, peer, where)
+    members = members_of(pieces, method, peer)
+    reader = Reader(method, peer, pieces, sliced)
+    reader.check()
+    names: list[str] = []
+    for member in members:
+        names.append(unique(Path(member.key[0]).name, {UNION, *names}))
     recipe: dict[str, Any] = {
-        "method": method,
-        "sources": sources,
-        "parameters": {name: rules for name, rules in shared.items() if name in method_wide},
-        "dtype": data.get("out_dtype") or data.get("dtype"),
+        "method": method.name,
+        "sources": [
+            {**_ref(name, member.key), "parameters": reader.of_member(member)}
+            for name, member in zip(names, members, strict=True)
+        ],
+        "parameters": reader.of_method(),
+        "dtype": str(data.get("out_dtype") or data.get("dtype") or "").removeprefix("torch.") or None,
     }
-    if needs_base:
-        if base_key is None:
-            raise RecipeError(f"{where}: base_model: missing; method {method} works on deltas from a base")
-        base_name = unique(Path(base_key[0]).name, set(names.values()))
-        names[base_key] = base_name
-        recipe["base"] = {"name": base_name, "path": base_key[0], "revision": base_key[1]}
-    recipe["tokenizer"] = _tokenizer(data, names, base_key, where)
+    # A model that is more than one source goes by the first one's name.
+    known = {member.key: name for name, member in reversed(list(zip(names, members, strict=True)))}
+    if base is not None:
+        known[base] = unique(Path(base[0]).name, {UNION, *names})
+        recipe["base"] = _ref(known[base], base)
+    if sliced:
+        recipe["slices"] = [
+            {"layers": _spans(i, piece, dict(zip(names, members, strict=True)), base, known)}
+            for i, piece in enumerate(pieces)
+        ]
+    recipe |= read_tokenizer(data, known, pieces[0].base, where)
     return parse_recipe({k: v for k, v in recipe.items() if v is not None}, where)
 
 
-def _followed(first: list[dict[str, Any]] | None, then: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
-    """Return the rules that count first and behind them those that count for what they leave out."""
-    return [*(first or []), *(then or [])]
+def _ref(name: str, key: Key) -> dict[str, Any]:
+    return {"name": name, "path": key[0], "revision": key[1]}
 
 
-def _entries(
-    data: Mapping[str, Any], where: str
-) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-    """Return the models of a config and the parameters of its slice.
-
-    Slices are read only where a single one covers all layers of every model.
-    """
+def _pieces(data: Mapping[str, Any], peer: Peer, where: str) -> list[Piece]:
+    """Return the slices of a config, or its models as one piece."""
+    outer: Settings = [(_mapping(data.get("parameters"), f"{where}: parameters"), f"{where}: parameters")]
+    if data.get("modules") is not None:
+        data, outer, where = _module(data, outer, where)
     if (data.get("models") is None) == (data.get("slices") is None):
         raise RecipeError(f"{where}: expected either models or slices")
-    entries, known, sliced = data.get("models"), ["model", "parameters"], {}
-    if entries is None:
-        slices = data["slices"]
-        if not isinstance(slices, list) or len(slices) != 1 or not isinstance(slices[0], dict):
-            got = len(slices) if isinstance(slices, list) else 0
-            raise RecipeError(f"{where}: slices: only a single slice over all layers is supported, got {got}")
-        for key in slices[0]:
-            if key not in ("sources", "parameters"):
-                raise RecipeError(
-                    f'{where}: slices.0: unknown key "{key}"{nearest(str(key), ["sources", "parameters"])}'
-                )
-        entries, known = slices[0].get("sources"), [*known, "layer_range"]
-        given = slices[0].get("parameters") or {}
-        sliced = _parameters(given, str(data["merge_method"]), f"{where}: slices.0.parameters")
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries) or not entries:
-        raise RecipeError(f"{where}: models: expected a list of mappings with a model each")
-    for i, entry in enumerate(entries):
+    base = model_key(data["base_model"], f"{where}: base_model") if data.get("base_model") else None
+    if data.get("models") is not None:
+        entries = _entries(data["models"], False, f"{where}: models")
+        if base is not None and base not in [entry.key for entry in entries]:
+            # mergekit puts a base that is not listed behind the models.
+            _check_unlisted(base, outer, peer, where)
+            entries.append(Entry(base, None, {}, f"{where}: base_model"))
+        return [Piece(entries, outer, base, f"{where}: models")]
+    if not isinstance(data["slices"], list) or not data["slices"]:
+        raise RecipeError(f"{where}: slices: expected a list of mappings with sources each")
+    pieces = [_slice(given, outer, base, f"{where}: slices.{i}") for i, given in enumerate(data["slices"])]
+    if len(pieces[0].entries) < len(pieces[-1].entries):
+        raise RecipeError(
+            f"{pieces[-1].where}.sources: more models than in the first slice, so mergekit leaves the last "
+            "of them out of head and final norm; list as many in the first slice, with weight 0"
+        )
+    return pieces
+
+
+def _check_unlisted(base: Key, outer: Settings, peer: Peer, where: str) -> None:
+    """Raise RecipeError if a base that is merged like any other model lacks a parameter that it needs."""
+    given = {name for settings, _ in outer for name in settings}
+    missing = [name for name, default in peer.source.items() if default == REQUIRED and name not in given]
+    if peer.base == "member" and missing:
+        raise RecipeError(f"{where}: base_model: {base[0]} takes part in the merge; give its {missing[0]}")
+
+
+def _module(data: Mapping[str, Any], outer: Settings, where: str) -> tuple[dict[str, Any], Settings, str]:
+    """Return the only module of a config in place of the config itself."""
+    modules = data["modules"]
+    if (
+        not isinstance(modules, dict)
+        or list(modules) != ["default"]
+        or data.get("models")
+        or data.get("slices")
+    ):
+        raise RecipeError(
+            f'{where}: modules: only the module "default" alone is supported, as language models have'
+        )
+    place = f"{where}: modules.default"
+    module = _mapping(modules["default"], place)
+    for key in module:
+        if key not in ("models", "slices", "parameters"):
+            raise RecipeError(
+                f'{place}: unknown key "{key}"{nearest(str(key), ["models", "slices", "parameters"])}'
+            )
+    own = (_mapping(module.get("parameters"), f"{place}.parameters"), f"{place}.parameters")
+    return {**module, "base_model": data.get("base_model")}, [own, *outer], where
+
+
+def _slice(given: Any, outer: Settings, base: Key | None, where: str) -> Piece:
+    """Return one output slice."""
+    slice_ = _mapping(given, where)
+    for key in slice_:
+        if key not in KNOWN_SLICE:
+            raise RecipeError(f'{where}: unknown key "{key}"{nearest(str(key), KNOWN_SLICE)}')
+    if slice_.get("base_model"):
+        base = model_key(slice_["base_model"], f"{where}.base_model")
+    entries = _entries(slice_.get("sources"), True, f"{where}.sources")
+    own = (_mapping(slice_.get("parameters"), f"{where}.parameters"), f"{where}.parameters")
+    return Piece(entries, [own, *outer], base, where)
+
+
+def _entries(given: Any, ranged: bool, where: str) -> list[Entry]:
+    """Return the models of a slice, or those that are listed, which have no layer range."""
+    if not isinstance(given, list) or not all(isinstance(entry, dict) for entry in given) or not given:
+        raise RecipeError(f"{where}: expected a list of mappings with a model each")
+    known = ["model", "parameters", *(["layer_range"] if ranged else [])]
+    entries = []
+    for i, entry in enumerate(given):
+        place = f"{where}.{i}"
         for key in entry:
             if key not in known:
-                raise RecipeError(f'{where}: models.{i}: unknown key "{key}"{nearest(str(key), known)}')
-        if "layer_range" in known:
-            _check_range(entry, f"{where}: slices.0.sources.{i}")
-    return entries, sliced
+                raise RecipeError(f'{place}: unknown key "{key}"{nearest(str(key), known)}')
+        layers = _range(entry.get("layer_range"), f"{place}: layer_range") if ranged else None
+        settings = _mapping(entry.get("parameters"), f"{place}.parameters")
+        entries.append(Entry(model_key(entry.get("model"), place), layers, settings, place))
+    return entries
 
 
-def _check_range(entry: Mapping[str, Any], where: str) -> None:
-    """Raise RecipeError unless a slice holds all layers of its model."""
-    wanted = entry.get("layer_range")
-    path, revision = model_key(entry.get("model"), where)
-    count = _layer_count(path, revision)
-    if count is None:
-        raise RecipeError(
-            f"{where}: layer_range: cannot tell whether {wanted} are all layers of {path}, which is not on "
-            "this machine yet; download it, or write models instead of slices"
-        )
-    if wanted != [0, count]:
-        raise RecipeError(
-            f"{where}: layer_range: only all layers of a model are supported, "
-            f"[0, {count}] for {path}, got {wanted}"
-        )
+def _range(given: Any, where: str) -> tuple[int, int]:
+    whole = isinstance(given, list) and len(given) == 2 and all(type(end) is int for end in given)
+    if not whole or not 0 <= given[0] < given[1]:
+        raise RecipeError(f"{where}: expected the first layer and the one behind the last, got {given!r}")
+    return given[0], given[1]
 
 
-def _layer_count(path: str, revision: str | None) -> int | None:
-    """Return the number of layers of a checkpoint that is on this machine; None if it is not."""
-    config = model_config(path, revision)
-    config = config.get("text_config") or config
-    return next((config[key] for key in LAYER_COUNTS if isinstance(config.get(key), int)), None)
-
-
-def model_config(path: str, revision: str | None) -> dict[str, Any]:
-    """Return the config of a local or downloaded checkpoint; empty if it is neither, or broken."""
-    file: Path | str | None = Path(path) / "config.json"
-    if not Path(path).is_dir():
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            cached = try_to_load_from_cache(path, "config.json", revision=revision)
-        except HFValidationError:
-            return {}
-        file = cached if isinstance(cached, str) else None
-    try:
-        config = json.loads(Path(file).read_bytes()) if file else {}
-    except (OSError, ValueError):
+def _mapping(given: Any, where: str) -> dict[str, Any]:
+    if given is None:
         return {}
-    return config if isinstance(config, dict) else {}
-
-
-def model_key(model: Any, where: str) -> tuple[str, str | None]:
-    """Return (path or hub id, revision)."""
-    revision = None
-    if isinstance(model, dict):
-        inner = model.get("model")
-        if isinstance(inner, dict):
-            model, revision = inner.get("path"), inner.get("revision")
-        if isinstance(model, dict) or model is None:
-            raise RecipeError(f"{where}: expected a path or hub id")
-    if not isinstance(model, str) or not model:
-        raise RecipeError(f"{where}: expected a path or hub id, got {model!r}")
-    if "+" in model and not Path(model).exists():
-        raise RecipeError(f"{where}: {model}: adapters are not supported yet; merge the adapter first")
-    if "@" in model and not Path(model).exists():
-        model, _, revision = model.partition("@")
-    return model, revision
-
-
-def _parameters(data: Any, method: str, where: str) -> dict[str, list[dict[str, Any]]]:
-    """Return mergekit's settings by name as rules of a recipe."""
-    if not isinstance(data, dict):
+    if not isinstance(given, dict):
         raise RecipeError(f"{where}: expected a mapping")
-    return {
-        str(name): _setting_read(value, method, str(name), f"{where}.{name}")
-        for name, value in data.items()
-        if name not in IGNORED
-    }
+    return given
 
 
-def _setting_read(value: Any, method: str, name: str, where: str) -> list[dict[str, Any]]:
-    """Return a mergekit value (number, gradient, or list of filters) as rules of a recipe."""
-    items = [value] if isinstance(value, dict) else value
-    if not (isinstance(items, list) and items and all(isinstance(item, dict) for item in items)):
-        items = [{"value": value}]
-    rules = []
-    for item in items:
-        for key in item:
-            if key not in ("filter", "value"):
-                raise RecipeError(f'{where}: unknown key "{key}"{nearest(str(key), ["filter", "value"])}')
-        part = None if item.get("filter") in (None, "*") else str(item["filter"])
-        rules += _rules_read(_scalar_read(item.get("value"), method, name), part)
-    return rules
+def _base_of(pieces: Sequence[Piece], method: Method, peer: Peer, where: str) -> Key | None:
+    """Return what deltas are from; None if they are from nothing.
 
-
-def _rules_read(value: Any, part: str | None) -> list[dict[str, Any]]:
-    """Return the rules of one filter.
-
-    mergekit takes a gradient's first value for everything outside the layers, also for head and final norm,
-    which lie behind the last layer here.
+    Raises:
+        RecipeError: There is no base, not one for all, or a slice lacks it.
     """
-    match = {} if part is None else {"match": part}
-    rules: list[dict[str, Any]] = []
-    if isinstance(value, list) and len(value) > 1:
-        rules.append({"role": "head", **match, "value": value[0]})
-        finals = [name for name in FINAL_NORMS if part is None or part in name + "weight"]
-        rules += [{"role": "norm", "match": name, "value": value[0]} for name in finals]
-    return [*rules, {**match, "value": value}]
-
-
-def _scalar_read(value: Any, method: str, name: str) -> Any:
-    """Return a value as this method's parameter takes it: mergekit writes switches also as 0 and 1."""
-    known = {parameter.name: parameter for parameter in method_named(method).parameters}
-    if name == "rescale" and name in known and isinstance(value, bool | int):
-        return "l1" if value else "none"
-    switch = name in known and known[name].choices == (True, False)
-    return bool(value) if switch and isinstance(value, int | float) else value
-
-
-def _tokenizer(
-    data: Mapping[str, Any],
-    names: Mapping[tuple[str, str | None], str],
-    base_key: tuple[str, str | None] | None,
-    where: str,
-) -> str | None:
-    wanted = data.get("tokenizer_source")
-    if isinstance(data.get("tokenizer"), dict):
-        unknown = set(data["tokenizer"]) - {"source"}
-        if unknown:
-            raise RecipeError(f"{where}: tokenizer.{unknown.pop()}: token surgery is not supported")
-        wanted = data["tokenizer"].get("source", wanted)
-    if wanted is None:
+    if peer.base == "member":
         return None
-    if wanted == "union":
-        # All sources have the same vocabulary, or they are refused, so their union is any one of them.
-        return None
-    if wanted == "base":
-        return names.get(base_key) if base_key else None
-    key = model_key(wanted, f"{where}: tokenizer_source")
-    if key not in names:
-        raise RecipeError(f"{where}: tokenizer_source: {wanted} is none of the models")
-    return names[key]
+    for piece in pieces:
+        if piece.base is None:
+            if peer.base == "required":
+                wanted = "works on deltas from a base" if method.takes_base else "starts at one of its models"
+                raise RecipeError(f"{where}: base_model: missing; method {method.name} {wanted}")
+            continue
+        own = [entry for entry in piece.entries if entry.key == piece.base]
+        if not own:
+            raise RecipeError(f"{piece.where}: the base model {piece.base[0]} is missing")
+        if method.takes_base and (len(own) > 1 or own[0].settings):
+            problem = "is there twice" if len(own) > 1 else "takes no parameters"
+            raise RecipeError(f"{own[0].where}: the base {problem}")
+        if method.takes_base and piece.base != pieces[0].base:
+            raise RecipeError(
+                f"{piece.where}.base_model: all slices have one base, expected {pieces[0].base}"
+            )
+    return pieces[0].base if method.takes_base else None
 
 
-def unique(name: str, taken: set[str]) -> str:
-    """Return `name` made fit to be a source's name, with a number behind it if it is taken."""
-    cleaned = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:90] or "model"
-    number, result = 2, cleaned
-    while result in taken:
-        result, number = f"{cleaned}-{number}", number + 1
-    return result
+def _is_whole(pieces: Sequence[Piece]) -> bool:
+    """Whether there is one slice and it holds all layers of its models, each model once."""
+    if len(pieces) > 1 or len({entry.key for entry in pieces[0].entries}) < len(pieces[0].entries):
+        return False
+    return all(e.layers is None or e.layers == (0, layer_count(*e.key)) for e in pieces[0].entries)
+
+
+def _spans(
+    index: int, piece: Piece, members: Mapping[str, Member], base: Key | None, known: Mapping[Key, str]
+) -> dict[str, tuple[int, int]]:
+    """Return the layers that a slice has of each source and of the base."""
+    entries = {name: member.entries[index] for name, member in members.items() if index in member.entries}
+    entries |= {known[entry.key]: entry for entry in piece.entries if entry.key == base}
+    return {name: entry.layers for name, entry in entries.items() if entry.layers is not None}

@@ -5,36 +5,22 @@ What mergekit cannot express is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from evomerge.catalogue import method_named
+from evomerge.catalogue import Method, method_named
 from evomerge.errors import RecipeError
-from evomerge.mergekit import model_config
-from evomerge.recipe import (
-    Recipe,
-    RecipeSource,
-    Rule,
-    Scalar,
-    Setting,
-    value_at,
-)
-from evomerge.records import Place, Role
+from evomerge.mergekit_filters import FilterSource, Piece, inverse_density, rising
+from evomerge.mergekit_methods import PEERS, Peer, value_there, value_written
+from evomerge.mergekit_models import model_config
+from evomerge.mergekit_tokens import write_tokenizer
+from evomerge.recipe import Recipe, RecipeSource, Rule, Setting, SourceRef
+from evomerge.slices import outline
 
+__all__ = ["FilterSource", "to_mergekit"]
 
-class FilterSource(Protocol):
-    """What writing needs to know of the sources' layout."""
-
-    @property
-    def num_layers(self) -> int:
-        """Number of decoder layers."""
-
-    @property
-    def places(self) -> Mapping[str, Place]:
-        """The place of every tensor."""
-
-    def filters(self, role: Role) -> tuple[str, ...]:
-        """Return the parts of tensor names that make a role."""
+FOLDED = frozenset({"lines_alpha", "lines_beta"})
+"""Parameters that mergekit lacks and that are written into its `lambda` where it has one."""
 
 
 def to_mergekit(recipe: Recipe, layout: FilterSource) -> dict[str, Any]:
@@ -47,128 +33,155 @@ def to_mergekit(recipe: Recipe, layout: FilterSource) -> dict[str, Any]:
         RecipeError: mergekit cannot express it.
     """
     method = method_named(recipe.method)
-    if not method.mergekit:
+    if not method.mergekit or method.name not in PEERS:
         raise RecipeError(f"mergekit has no method {recipe.method}")
-    expectation = _rescales_by_expectation(recipe)
-    models = []
-    for source in recipe.sources:
-        settings = {name: _setting_written(rules, layout) for name, rules in source.parameters.items()}
-        if expectation:
-            settings["weight"] = _weight_written(source, layout)
-        models.append({"model": _written(source.path, source.revision), "parameters": settings})
-    shared = {name: _setting_written(rules, layout) for name, rules in recipe.parameters.items()}
-    if "rescale" in shared:
-        shared["rescale"] = shared["rescale"] == "l1"
-    config: dict[str, Any] = {"merge_method": recipe.method, "models": models}
-    if recipe.base:
-        config["base_model"] = _written(recipe.base.path, recipe.base.revision)
-    elif recipe.method == "slerp":
-        config["base_model"] = models[0]["model"]
-        for model in models:
-            del model["parameters"]
-    config["parameters"] = shared
+    writer = _Writer(recipe, method, PEERS[method.name])
+    writer.check()
+    outputs = list(outline(recipe, layout).values())
+    config: dict[str, Any] = {"merge_method": method.name}
+    if recipe.slices:
+        pieces = [
+            Piece(i, [output for output in outputs if output.place.slice == i], layout)
+            for i in range(len(recipe.slices))
+        ]
+        config |= writer.slices(pieces)
+    else:
+        whole = Piece(None, outputs, layout)
+        config |= writer.models(whole)
+    return config | _output(recipe) | write_tokenizer(recipe, written)
+
+
+def written(ref: SourceRef) -> Any:
+    """Return a source as mergekit names it."""
+    return {"model": {"path": ref.path, "revision": ref.revision}} if ref.revision else ref.path
+
+
+def _output(recipe: Recipe) -> dict[str, Any]:
+    """Return the keys for the dtype."""
     known = model_config(recipe.reference.path, recipe.reference.revision)
     dtype = recipe.dtype or known.get("dtype") or known.get("torch_dtype")
-    if dtype:
-        # mergekit works in `dtype`; float32 there and the recipe's dtype for the output is what is done here.
-        config["dtype"] = "float32"
-        config["out_dtype"] = dtype
-    if recipe.tokenizer and recipe.tokenizer != recipe.reference.name:
-        ref = next(ref for ref in recipe.refs if ref.name == recipe.tokenizer)
-        config["tokenizer_source"] = _written(ref.path, ref.revision)
-    return config
+    # mergekit works in `dtype`; float32 there and the recipe's dtype for the output is what is done here.
+    return {"dtype": "float32", "out_dtype": dtype} if dtype else {}
 
 
-def _written(path: str, revision: str | None) -> Any:
-    return {"model": {"path": path, "revision": revision}} if revision else path
+class _Writer:
+    """Writes one recipe."""
+
+    def __init__(self, recipe: Recipe, method: Method, peer: Peer) -> None:
+        self.recipe, self.method, self.peer = recipe, method, peer
+        self.expectation = "rescale" in recipe.parameters and any(
+            rule.value == "expectation" for rule in recipe.parameters["rescale"]
+        )
+
+    def check(self) -> None:
+        """Raise RecipeError for parameters whose values mergekit does not have."""
+        known = {*self.peer.source, *self.peer.method}
+        known |= FOLDED if "lambda" in known else set()
+        for parameters in (self.recipe.parameters, *(source.parameters for source in self.recipe.sources)):
+            for name, setting in parameters.items():
+                neutral = value_there(self.method.parameter(name))
+                if name not in known and any(rule.value != neutral for rule in setting):
+                    raise RecipeError(
+                        f"mergekit has no {name} for {self.method.name}; it does what {neutral} does here"
+                    )
+        if not self.expectation:
+            return
+        if "epsilon" in self.peer.source:
+            raise RecipeError(
+                f"mergekit's {self.method.name} cannot rescale by 1/probability; it knows l1 and none"
+            )
+        if any(rule.value is not False for rule in self.recipe.parameters["normalize"]):
+            raise RecipeError("mergekit cannot rescale by 1/density and normalise the weights at once")
+
+    def models(self, whole: Piece) -> dict[str, Any]:
+        """Return the keys of a config that lists its models."""
+        models = [_entry(source, None, self._own(source, whole)) for source in self.recipe.sources]
+        return {"models": models, **self._base(self.recipe.sources), **_parameters(self._shared(whole))}
+
+    def slices(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Return the keys of a config with slices."""
+        shared = [self._shared(piece) for piece in pieces]
+        common = {
+            name: value for name, value in shared[0].items() if all(each[name] == value for each in shared)
+        }
+        bases: list[dict[str, Any]] = []
+        slices: list[dict[str, Any]] = []
+        for i, (piece, settings) in enumerate(zip(pieces, shared, strict=True)):
+            layers = self.recipe.slices[i].layers
+            sources = [source for source in self.recipe.sources if source.name in layers]
+            entries = [_entry(source, layers[source.name], self._own(source, piece)) for source in sources]
+            if self.recipe.base is not None:
+                entries.append(_entry(self.recipe.base, layers[self.recipe.base.name], {}))
+            self._check_entries(entries, i, slices)
+            bases.append(self._base(sources))
+            own = {name: value for name, value in settings.items() if name not in common}
+            slices.append({"sources": entries, **_parameters(own)})
+        if self.peer.base == "required":
+            for slice_, base in zip(slices, bases, strict=True):
+                slice_ |= {key: value for key, value in base.items() if base != bases[0]}
+        return {"slices": slices, **bases[0], **_parameters(common)}
+
+    def _check_entries(self, entries: list[dict[str, Any]], index: int, before: list[dict[str, Any]]) -> None:
+        models = [entry["model"] for entry in entries]
+        twice = next((model for model in models if models.count(model) > 1), None)
+        if twice is not None:
+            raise RecipeError(
+                f"slices.{index}: mergekit takes a model once in a slice, got {twice} more often"
+            )
+        last = index == len(self.recipe.slices) - 1
+        if last and before and len(before[0]["sources"]) < len(entries):
+            raise RecipeError(
+                f"slices.{index}: more sources than in the first slice, so mergekit leaves the last of them "
+                "out of head and final norm"
+            )
+
+    def _base(self, sources: Sequence[RecipeSource]) -> dict[str, Any]:
+        """Return the key for the base model."""
+        if self.recipe.base is not None:
+            return {"base_model": written(self.recipe.base)}
+        # Of a method that starts at the first source it is that one. Elsewhere it is only where config and
+        # tokenizer are from, which mergekit leaves to chance without one.
+        if self.peer.base == "required":
+            return {"base_model": written(sources[0])}
+        return {"base_model": written(self.recipe.reference)} if self.peer.base == "member" else {}
+
+    def _own(self, source: RecipeSource, piece: Piece) -> dict[str, Any]:
+        """Return the parameters of a source."""
+        found = {}
+        for name, setting in source.parameters.items():
+            if name in self.peer.source:
+                divided = name == "weight" and self.expectation
+                scale = inverse_density(source.parameters["density"]) if divided else None
+                found[name] = piece.written(self._values(name, setting), source.name, scale)
+        return found
+
+    def _shared(self, piece: Piece) -> dict[str, Any]:
+        """Return the parameters of the method."""
+        found = {}
+        for name, setting in self.recipe.parameters.items():
+            if name in self.peer.method:
+                scale = rising(self.recipe.parameters) if name == "lambda" else None
+                found[name] = piece.written(self._values(name, setting), None, scale)
+        return found
+
+    def _values(self, name: str, setting: Setting) -> Setting:
+        """Return a setting with the values that mergekit has for them."""
+        if name == "rescale" and self.expectation:
+            return (Rule(value=False),)
+        parameter = self.method.parameter(name)
+        return tuple(
+            rule
+            if isinstance(rule.value, tuple)
+            else rule.model_copy(update={"value": value_written(rule.value, parameter)})
+            for rule in setting
+        )
 
 
-def _setting_written(setting: Setting, layout: FilterSource) -> Any:
-    """Return a setting in mergekit's form."""
-    return _corrected(
-        _rules_written(setting, layout),
-        {place: value_at(setting, place) for place in layout.places.values()},
-        layout,
-    )
+def _entry(ref: SourceRef, layers: tuple[int, int] | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model of a config."""
+    span = {} if layers is None else {"layer_range": list(layers)}
+    return {"model": written(ref), **span, **_parameters(settings)}
 
 
-def _weight_written(source: RecipeSource, layout: FilterSource) -> Any:
-    """Return the weights with the rescaling by 1/density in them, which mergekit lacks."""
-
-    def divided(weight: Scalar, density: Scalar) -> float:
-        return float(weight) / float(density) if density else 0.0
-
-    weight, density = source.parameters["weight"], source.parameters["density"]
-    depths = [i / max(layout.num_layers - 1, 1) for i in range(layout.num_layers)]
-    rules = []
-    for rule in weight:
-        other = next((d for d in density if (d.role, d.match) == (rule.role, rule.match)), density[-1])
-        values = tuple(divided(rule.at(depth), other.at(depth)) for depth in depths)
-        rules.append(Rule(role=rule.role, match=rule.match, value=values))
-    wanted: dict[Place, Scalar] = {
-        place: divided(value_at(weight, place), value_at(density, place)) for place in layout.places.values()
-    }
-    return _corrected(_rules_written(tuple(rules), layout), wanted, layout)
-
-
-def _rescales_by_expectation(recipe: Recipe) -> bool:
-    rescale = recipe.parameters.get("rescale")
-    if rescale is None or rescale[0].value != "expectation":
-        return False
-    if any(rule.value is not False for rule in recipe.parameters["normalize"]):
-        raise RecipeError("mergekit cannot rescale by 1/density and normalise the weights at once")
-    return True
-
-
-def _rules_written(setting: Setting, layout: FilterSource) -> list[dict[str, Any]]:
-    """Return the rules as filters as far as filters have the same concept."""
-    written: list[dict[str, Any]] = []
-    for rule in setting:
-        value = _plain_value(rule.value)
-        if rule.general:
-            written.append({"value": value})
-        elif rule.role is None:
-            written.append({"filter": rule.match, "value": value})
-        elif rule.match is None:
-            parts = layout.filters(rule.role)
-            written += [{"filter": part, "value": _plain_value(rule.value)} for part in parts]
-    return written
-
-
-def _corrected(written: list[dict[str, Any]], wanted: Mapping[Place, Scalar], layout: FilterSource) -> Any:
-    """Return filters that give every tensor what is wanted, with filters of their own for exceptions.
-
-    Head and final norm lie at depth 1 here and at the gradient's beginning in mergekit, roles can overlap
-    in their parts of names, and a rule may ask for role and name at once.
-    """
-    several = layout.num_layers > 1
-
-    def wrong(filters: list[dict[str, Any]]) -> list[Place]:
-        return [place for place in wanted if not _near(_read_there(filters, place, several), wanted[place])]
-
-    exceptions = [{"filter": place.name, "value": wanted[place]} for place in wrong(written)]
-    filters = [*exceptions, *written]
-    left = wrong(filters)
-    if left:
-        raise RecipeError(f"mergekit's filters cannot tell tensor {left[0].name} from others")
-    return filters[0]["value"] if len(filters) == 1 else filters
-
-
-def _near(one: Scalar | None, other: Scalar) -> bool:
-    if isinstance(one, float) and isinstance(other, float):
-        return abs(one - other) <= 1e-12 * max(1.0, abs(other))
-    return one == other
-
-
-def _read_there(filters: list[dict[str, Any]], place: Place, several: bool) -> Scalar | None:
-    """Return what mergekit makes of filters for one tensor."""
-    depth = 0.0 if place.layer is None else place.depth if several else 1.0
-    for item in filters:
-        if item.get("filter", "") in place.name:
-            value = item["value"]
-            return Rule(value=tuple(value)).at(depth) if isinstance(value, list) else value
-    return None
-
-
-def _plain_value(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"parameters": dict(settings)} if settings else {}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.checkpoints.layout import Layout, check_compatible, layout_of
-from evomerge.checkpoints.source import Checkpoint, resolve
+from evomerge.checkpoints.opening import open_checkpoint
 from evomerge.config import RunConfig
 from evomerge.errors import ConfigError, FitnessError, RecipeError, nearest
 from evomerge.fitness.scoring import TaskRule
@@ -63,7 +63,7 @@ class Plan:
         self.config = config
         self.base_dir = base_dir
         self.checkpoints = {
-            ref.name: Checkpoint.open(resolve(ref.path, ref.revision, base_dir=base_dir))
+            ref.name: open_checkpoint(ref.path, ref.revision, base_dir)
             for ref in config.sources.all
         }
         self.warnings: list[str] = list(check_compatible(self.checkpoints))

@@ -28,7 +28,7 @@ import hashlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -38,7 +38,9 @@ from evomerge.rules import Rule, Scalar, Setting, check_value, rules_of, value_a
 from evomerge.strict import StrictModel, canonical_json, dump_yaml, read_yaml, validated
 
 __all__ = [
+    "UNION",
     "Dtype",
+    "ModelToken",
     "Recipe",
     "RecipeSource",
     "Rule",
@@ -46,6 +48,8 @@ __all__ = [
     "Setting",
     "Slice",
     "SourceRef",
+    "TokenRow",
+    "ZeroRow",
     "check_value",
     "parse_recipe",
     "read_recipe",
@@ -53,6 +57,9 @@ __all__ = [
 ]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+UNION = "union"
+"""Value of `tokenizer` for the tokens of all sources together."""
 
 
 class SourceRef(StrictModel):
@@ -104,6 +111,44 @@ class Slice(StrictModel):
         return end - first
 
 
+class ZeroRow(StrictModel):
+    """Zeros in embedding and head."""
+
+    kind: Literal["zero"]
+
+
+class ModelToken(StrictModel):
+    """The row of source `model` (or the base) for one of its tokens, given by `token` or `token_id`."""
+
+    kind: Literal["model_token"]
+    model: str
+    token: str | None = None
+    token_id: int | None = Field(default=None, ge=0)
+
+
+class TokenRow(StrictModel):
+    """What a token has in embedding and head of the sources that lack it.
+
+    Attributes:
+        source: Name of the source (or base) whose row of this token it is, or another row.
+        force: Whether the sources that have the token take that row too.
+    """
+
+    source: str | ZeroRow | ModelToken
+    force: bool = False
+
+    @property
+    def model(self) -> str | None:
+        """Name of the source the row comes from; None for zeros."""
+        return self.source if isinstance(self.source, str) else getattr(self.source, "model", None)
+
+    def identity(self, identities: Mapping[str, str]) -> list[Any]:
+        """Return what the recipe's digest sees of it, given each source's identity by name."""
+        row = {"kind": "source"} if isinstance(self.source, str) else self.source.model_dump()
+        where = [identities.get(self.model or ""), row.get("token"), row.get("token_id")]
+        return [row["kind"], *where, self.force]
+
+
 class Recipe(StrictModel):
     """One merged model.
 
@@ -114,7 +159,14 @@ class Recipe(StrictModel):
         sources: What is merged, in order.
         parameters: Parameters of the method as a whole.
         seed: Of the random masks; it is part of the identity only where the method draws any.
-        tokenizer: Name of the source whose tokenizer and configs the model takes; None: base, else first.
+        tokenizer: Name of the source whose tokenizer and special token ids the model takes, or `union` for
+            the tokens of all sources; vocabularies that differ are then aligned by token. None: the base's,
+            else the first source's, and all vocabularies must be the same.
+        tokens: Token to its row in sources that lack it; default: the base's, else the mean over the sources
+            that have it, else zeros. Tokens that are not in the tokenizer are added. Needs `tokenizer`.
+        pad_to_multiple_of: Rows of embedding and head are rounded up to it. Needs `tokenizer`.
+        chat_template: `auto` for the one that most sources have, the name of a known one, or a Jinja text;
+            None: the tokenizer's own.
         slices: The layers of the merged model from first to last; empty: every layer of every source, in
             place. Embedding, head and final norm come from the sources of the first and the last slice.
         dtype: Of the merged weights; None: each tensor keeps the dtype it has in the base, else first source.
@@ -127,6 +179,9 @@ class Recipe(StrictModel):
     parameters: dict[str, Setting] = Field(default_factory=dict)
     seed: int = Field(default=0, ge=0, lt=2**63)
     tokenizer: str | None = None
+    tokens: dict[Annotated[str, Field(min_length=1)], TokenRow] = Field(default_factory=dict)
+    pad_to_multiple_of: int | None = Field(default=None, ge=1, le=2**16)
+    chat_template: str | None = Field(default=None, min_length=1)
     slices: tuple[Slice, ...] = ()
     dtype: Dtype | None = None
 
@@ -160,8 +215,22 @@ class Recipe(StrictModel):
             raise RecipeError(f"base: method {method.name} has no base; list it as a source or leave it out")
         if not self.slices:
             _check_count(len(names), method, "sources")
-        if self.tokenizer is not None and self.tokenizer not in known:
-            raise RecipeError(f'tokenizer: "{self.tokenizer}" is none of {", ".join(known)}')
+        self._check_tokens(known)
+
+    def _check_tokens(self, known: list[str]) -> None:
+        if self.tokenizer is not None and self.tokenizer not in (UNION, *known):
+            raise RecipeError(f'tokenizer: "{self.tokenizer}" is none of {", ".join([*known, UNION])}')
+        if self.tokenizer == UNION and UNION in known:
+            raise RecipeError(f'tokenizer: "{UNION}" is also the name of a source; give that another name')
+        for key in ("tokens", "pad_to_multiple_of"):
+            if getattr(self, key) and self.tokenizer is None:
+                raise RecipeError(f"{key}: needs a tokenizer; write tokenizer: {UNION} or a source's name")
+        for token, row in self.tokens.items():
+            other = row.source
+            if isinstance(other, ModelToken) and (other.token is None) == (other.token_id is None):
+                raise RecipeError(f"tokens.{token!a}.source: expected either token or token_id")
+            if row.model is not None and row.model not in known:
+                raise RecipeError(f'tokens.{token!a}.source: "{row.model}" is none of {", ".join(known)}')
 
     def _check_slices(self, method: Method) -> None:
         names = [source.name for source in self.sources]
@@ -200,7 +269,7 @@ class Recipe(StrictModel):
     def digest(self) -> str:
         """SHA-256 over what determines the merged model, and nothing else."""
         method = method_named(self.method)
-        tokenizer = next((r.identity for r in self.refs if r.name == self.tokenizer), self.reference.identity)
+        identities = {ref.name: ref.identity for ref in self.refs}
         content = {
             "evomerge": self.evomerge,
             "method": self.method,
@@ -208,9 +277,13 @@ class Recipe(StrictModel):
             "sources": [[source.identity, _plain(source.parameters)] for source in self.sources],
             "parameters": _plain(self.parameters),
             "seed": self.seed if method.random else None,
-            "tokenizer": tokenizer,
+            "tokenizer": {UNION: UNION, **identities}.get(self.tokenizer or self.reference.name),
             "dtype": self.dtype,
         }
+        if self.tokens:
+            content["tokens"] = [[token, *row.identity(identities)] for token, row in self.tokens.items()]
+        given = {"pad_to_multiple_of": self.pad_to_multiple_of, "chat_template": self.chat_template}
+        content |= {key: value for key, value in given.items() if value is not None}
         if self.slices:
             content["slices"] = [[piece.layers.get(ref.name) for ref in self.refs] for piece in self.slices]
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()
@@ -222,9 +295,15 @@ class Recipe(StrictModel):
             base_dir: What its relative paths are relative to.
         """
 
+        def located(path: str) -> str:
+            folder = base_dir / Path(path).expanduser()
+            if folder.is_dir():
+                return str(folder.resolve())
+            below, plus, above = path.partition("+")  # a base with an adapter on it
+            return f"{located(below)}+{located(above)}" if plus else path
+
         def moved(ref: SourceRef) -> dict[str, str]:
-            folder = base_dir / ref.path
-            return {"path": str(folder.resolve())} if folder.is_dir() else {}
+            return {"path": located(ref.path)}
 
         base = self.base.model_copy(update=moved(self.base)) if self.base else None
         sources = tuple(source.model_copy(update=moved(source)) for source in self.sources)
@@ -234,8 +313,9 @@ class Recipe(StrictModel):
         """Return plain data that `Recipe.model_validate` takes back."""
         data: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
         data["parameters"] = _plain(self.parameters)
-        if not self.slices:
-            del data["slices"]
+        for key in ("slices", "tokens"):
+            if not data[key]:
+                del data[key]
         for source, written in zip(self.sources, data["sources"], strict=True):
             written["parameters"] = _plain(source.parameters)
         return data

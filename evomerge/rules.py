@@ -116,4 +116,5 @@ def check_value(value: Scalar, parameter: Parameter, where: str) -> None:
         raise RecipeError(f"{where}: expected a number, got {value!r}")
     low, high = parameter.valid_low, parameter.valid_high
     if (low is not None and value < low) or (high is not None and value > high):
-        raise RecipeError(f"{where}: expected {low} to {high}, got {value}")
+        wanted = f"{low} to {high}" if low is not None and high is not None else f"at least {low}"
+        raise RecipeError(f"{where}: expected {wanted}, got {value}")

@@ -17,7 +17,11 @@ LAYERS = (
     ("workers",),
     ("merging", "fitness"),
     ("spaces", "optimizers", "store", "checkpoints"),
-    ("recipe", "rules", "mergekit", "mergekit_evolve", "mergekit_writer", "catalogue", "records", "strict"),
+    (
+        *("recipe", "rules", "slices", "catalogue", "records", "strict"),
+        *("mergekit", "mergekit_evolve", "mergekit_filters", "mergekit_methods", "mergekit_models"),
+        *("mergekit_slices", "mergekit_tokens", "mergekit_writer"),
+    ),
     ("errors", "seeding"),
 )
 """From top to bottom; a part may import from its own layer and from those below it."""

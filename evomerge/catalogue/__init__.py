@@ -8,6 +8,7 @@ from __future__ import annotations
 from evomerge.catalogue.averages import AVERAGES
 from evomerge.catalogue.elementwise import ELEMENTWISE
 from evomerge.catalogue.entry import Method, Parameter, Scope
+from evomerge.catalogue.reinforced import REINFORCED
 from evomerge.catalogue.spectral import SPECTRAL
 from evomerge.catalogue.thinned import THINNED
 from evomerge.errors import RecipeError, nearest
@@ -15,7 +16,7 @@ from evomerge.errors import RecipeError, nearest
 __all__ = ["CATALOGUE", "Method", "Parameter", "Scope", "method_named"]
 
 CATALOGUE: dict[str, Method] = {
-    method.name: method for method in (*AVERAGES, *THINNED, *ELEMENTWISE, *SPECTRAL)
+    method.name: method for method in (*AVERAGES, *THINNED, *ELEMENTWISE, *REINFORCED, *SPECTRAL)
 }
 
 

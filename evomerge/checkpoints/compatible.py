@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from evomerge.checkpoints.files import broken, show
-from evomerge.checkpoints.source import Checkpoint
+from evomerge.checkpoints.source import Checkpoint, TensorInfo
 from evomerge.checkpoints.tokenizer import vocabulary
 from evomerge.errors import SourceError
 
@@ -18,18 +19,24 @@ _WARNED_KEYS = (
     *("rms_norm_eps", "layer_norm_eps", "hidden_act", "hidden_activation", "sliding_window"),
     *("max_position_embeddings", "layer_types", "num_experts_per_tok"),
 )
-_UNSUPPORTED = "different vocabularies are not supported yet"
+_ALIGN = "write tokenizer: union or tokenizer: NAME, a source's name, to align them by token"
 _Named = tuple[str, Checkpoint]
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
-def check_compatible(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+def check_compatible(
+    checkpoints: Mapping[str, Checkpoint], *, aligning: bool = False, sliced: bool = False
+) -> list[str]:
     """Check that checkpoints fit together, each against the first one.
 
     Headers, configs and tokenizers come first; the content is hashed only when all of those fit.
 
     Args:
         checkpoints: Name (as messages give it) to checkpoint.
+        aligning: Whether their vocabularies will be aligned (`aligned.align`) and may differ in tokens and in
+            rows of embedding and head.
+        sliced: Whether a recipe picks their layers: their numbers of layers may differ, and one may be there
+            under several names.
 
     Returns:
         One line for each difference that is allowed but may hurt: rope, norm epsilon, stored dtype, ...
@@ -40,20 +47,22 @@ def check_compatible(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
     """
     items = list(checkpoints.items())
     warnings: list[str] = []
+    free = [key for key, may in (("vocab_size", aligning), ("num_hidden_layers", sliced)) if may]
     for name, checkpoint in items:
         _check_floats(name, checkpoint)
     for name, checkpoint in items[1:]:
         _check_architecture(items[0], (name, checkpoint))
-    warnings += _check_vocabularies(items)
+    warnings += _check_vocabularies(items, aligning)
     for name, checkpoint in items[1:]:
-        _check_keys(items[0], (name, checkpoint))
-        _check_tensors(items[0], (name, checkpoint))
+        _check_keys(items[0], (name, checkpoint), free)
+        _check_tensors(items[0], (name, checkpoint), aligning, sliced)
         warnings += _differences(items[0], (name, checkpoint))
     if items and not any(checkpoint.tokenizer_fingerprint for _, checkpoint in items):
         raise SourceError(
             "no source has a tokenizer; put tokenizer.json into the folder of at least one of them"
         )
-    _check_distinct(items)
+    if not sliced:
+        _check_distinct(items)
     return warnings
 
 
@@ -72,42 +81,60 @@ def _check_architecture(first: _Named, other: _Named) -> None:
         raise broken(other[0], f'model_type is {show(got)}, but {show(expected)} in "{first[0]}"')
 
 
-def _check_keys(first: _Named, other: _Named) -> None:
+def _check_keys(first: _Named, other: _Named, free: Collection[str]) -> None:
     expected, got = (checkpoint.text_config for _, checkpoint in (first, other))
     for key in _SHAPE_KEYS:
+        if key in free:
+            continue
         # A key that is left out has its default, which tensor shapes decide about.
         if expected.get(key) is not None and got.get(key) is not None and expected[key] != got[key]:
             problem = f'{key} is {show(got[key])}, but {show(expected[key])} in "{first[0]}"'
-            raise broken(other[0], f"{problem}; only models of one shape can be merged")
+            hint = _ALIGN if key == "vocab_size" else "only models of one shape can be merged"
+            raise broken(other[0], f"{problem}; {hint}")
 
 
-def _check_tensors(first: _Named, other: _Named) -> None:
+def _check_tensors(first: _Named, other: _Named, aligning: bool, sliced: bool) -> None:
     expected, got = first[1].tensors, other[1].tensors
+    if sliced:
+        expected, got = _outside_layers(expected), _outside_layers(got)
+    rows = [checkpoint.text_config.get("vocab_size") for _, checkpoint in (first, other)]
     differing = [f'"{name}" is missing' for name in sorted(expected.keys() - got.keys())]
     differing += [f'"{name}" is only here' for name in sorted(got.keys() - expected.keys())]
     differing += [
         f'"{name}" is {list(got[name].shape)} instead of {list(info.shape)}'
         for name, info in expected.items()
         if name in got and got[name].shape != info.shape
+        if not (aligning and _by_token((info.shape, got[name].shape), rows))
     ]
     if differing:
         rest = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise broken(other[0], f'tensors differ from "{first[0]}": {", ".join(differing[:5])}{rest}')
 
 
-def _check_vocabularies(items: list[_Named]) -> list[str]:
+def _outside_layers(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    return {name: info for name, info in tensors.items() if not re.search(r"\.\d+\.", name)}
+
+
+def _by_token(shapes: Sequence[tuple[int, ...]], rows: Sequence[int | None]) -> bool:
+    """Return whether tensors of these shapes have one row for each token, and rows of one shape."""
+    indexed = all(shape[:1] == (count,) for shape, count in zip(shapes, rows, strict=True))
+    return indexed and len({shape[1:] for shape in shapes}) == 1
+
+
+def _check_vocabularies(items: list[_Named], aligning: bool) -> list[str]:
     """Return warnings about vocabularies that are missing or cannot be compared; raise for different ones."""
     having = [(name, checkpoint) for name, checkpoint in items if checkpoint.tokenizer_fingerprint]
     if items and not having:
         raise SourceError(
             "no source has a tokenizer; put tokenizer.json into the folder of at least one of them"
         )
+    others = "the tokenizer that is written" if aligning else "the others"
     warnings = [
-        f'"{name}" has no tokenizer; its vocabulary is taken to be that of the others'
+        f'"{name}" has no tokenizer; its vocabulary is taken to be that of {others}'
         for name, checkpoint in items
         if not checkpoint.tokenizer_fingerprint
     ]
-    for other in having[1:]:
+    for other in having[1:] if not aligning else ():
         if other[1].tokenizer_fingerprint != having[0][1].tokenizer_fingerprint:
             warnings.append(_vocabulary_difference(having[0], other))
     return warnings
@@ -117,7 +144,8 @@ def _vocabulary_difference(first: _Named, other: _Named) -> str:
     """Return the warning that two vocabularies cannot be compared, or raise the error that they differ."""
     expected, got = (vocabulary(checkpoint.path) for _, checkpoint in (first, other))
     if expected is None and got is None:
-        raise broken(other[0], f'{_UNSUPPORTED}: its vocabulary files differ from those of "{first[0]}"')
+        problem = f'the vocabulary differs: other vocabulary files than "{first[0]}"'
+        raise broken(other[0], f"{problem}; {_ALIGN} (needs a tokenizer.json in each)")
     if expected is None or got is None:
         return f'vocabularies of "{first[0]}" and "{other[0]}" are in different formats and were not compared'
     pairs = sorted(expected.items() ^ got.items())
@@ -126,7 +154,8 @@ def _vocabulary_difference(first: _Named, other: _Named) -> str:
         f"{show(token)} is {_number(got, token)} instead of {_number(expected, token)}"
         for token in tokens[:3]
     )
-    raise broken(other[0], f'{_UNSUPPORTED}: {len(tokens)} tokens differ from "{first[0]}" ({examples})')
+    problem = f'the vocabulary differs: {len(tokens)} tokens are not as in "{first[0]}" ({examples})'
+    raise broken(other[0], f"{problem}; {_ALIGN}")
 
 
 def _number(tokens: Mapping[str, int], token: str) -> str:
@@ -166,6 +195,6 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 def _check_distinct(items: list[_Named]) -> None:
     seen: dict[str, str] = {}
     for name, checkpoint in items:
-        for identity in (str(checkpoint.path), checkpoint.fingerprint):
-            if seen.setdefault(identity, name) != name:
-                raise broken(name, f'is the same checkpoint as "{seen[identity]}"; give each source once')
+        if seen.setdefault(checkpoint.fingerprint, name) != name:
+            same = seen[checkpoint.fingerprint]
+            raise broken(name, f'is the same checkpoint as "{same}"; give each source once')

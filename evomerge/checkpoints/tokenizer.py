@@ -1,4 +1,4 @@
-"""Tokenizer files of a checkpoint: which they are, what vocabulary they hold, their copy. No torch."""
+"""Tokenizer files of a checkpoint: which they are, what vocabulary they hold, adding tokens. No torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.checkpoints.files import broken, inside, read_json
+from evomerge.checkpoints.files import broken, inside, read_json, show
 
 if TYPE_CHECKING:
     from evomerge.checkpoints.writer import Writer
@@ -21,6 +21,8 @@ _OTHER_FILES = (
     *("tokenizer.model.v3", "tokenization_config.json"),
 )
 _MAX_TOKENIZER = 256 * 2**20
+_MAX_ID = 2**24 - 1
+_SETTINGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -50,15 +52,64 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
     Raises:
         SourceError: The file is broken, or of a kind that is not known.
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    data = read_json(inside(folder, path.name), _MAX_TOKENIZER)
+    data = _tokenizer_json(folder)
     try:
-        return _vocabulary(data)
+        return None if data is None else _vocabulary(data)
     except (TypeError, ValueError, KeyError, AttributeError):
         expected = "expected model.vocab and added_tokens as the tokenizers library writes them"
-        raise broken(path, expected) from None
+        raise broken(folder / "tokenizer.json", expected) from None
+
+
+def added_tokens(folder: Path) -> dict[str, dict[str, bool]]:
+    """Return the tokens that `tokenizer.json` lists beside its model, with their settings.
+
+    The settings are those of `tokenizers.AddedToken`: `special`, `normalized`, `lstrip`, `rstrip` and
+    `single_word`.
+
+    Raises:
+        SourceError: The file is broken.
+    """
+    data = _tokenizer_json(folder) or {}
+    return {
+        str(entry["content"]): {key: bool(entry[key]) for key in _SETTINGS if key in entry}
+        for entry in data.get("added_tokens") or ()
+    }
+
+
+def extended(folder: Path, tokens: Mapping[str, Mapping[str, bool]]) -> tuple[str, dict[str, int]]:
+    """Return a folder's `tokenizer.json` with more tokens, and the vocabulary it then has.
+
+    They become added tokens with ids behind the others, in their order: they are found in the text as they
+    are written, before the tokenizer's own rules (such as the merges of a byte-pair encoding) see it.
+
+    Args:
+        folder: With a `tokenizer.json`.
+        tokens: Token to its settings, as `added_tokens` gives them; left out: those of an ordinary token.
+
+    Raises:
+        SourceError: The library cannot read the file, or its ids have gaps, which new tokens would fill.
+    """
+    from tokenizers import AddedToken, Tokenizer
+
+    path = inside(folder, "tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise broken(path, f"the tokenizers library cannot read it ({show(str(error))})") from None
+    before: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    tokenizer.add_tokens([AddedToken(token, **settings) for token, settings in tokens.items()])
+    after: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    taken = {number: token for token, number in before.items()}
+    for token in tokens:
+        if taken.setdefault(after.get(token, -1), token) != token:
+            problem = f"its ids have gaps, so {show(token)} would get an id that is in use"
+            raise broken(path, f"{problem}; take another source's tokenizer")
+    return tokenizer.to_str(pretty=True) + "\n", after
+
+
+def _tokenizer_json(folder: Path) -> dict[str, Any] | None:
+    path = folder / "tokenizer.json"
+    return read_json(inside(folder, path.name), _MAX_TOKENIZER) if path.is_file() else None
 
 
 def _vocabulary(data: Mapping[str, Any]) -> dict[str, int]:
@@ -68,4 +119,6 @@ def _vocabulary(data: Mapping[str, Any]) -> dict[str, int]:
     tokens = {str(token): int(number) for token, number in vocab.items()}
     for added in data.get("added_tokens") or ():
         tokens[str(added["content"])] = int(added["id"])
+    if tokens and not 0 <= min(tokens.values()) <= max(tokens.values()) <= _MAX_ID:
+        raise ValueError
     return tokens

@@ -28,6 +28,9 @@ DTYPES = {
 }
 """Torch's dtype for each safetensors dtype that can be written."""
 
+MAX_SHARD_BYTES = 4 * 2**30
+"""Largest weight file unless another size is asked for."""
+
 PlanEntry = tuple[str, str, tuple[int, ...]]
 """Name, safetensors dtype, shape."""
 
@@ -65,7 +68,7 @@ class Writer:
         target: Path,
         plan: Sequence[PlanEntry],
         *,
-        max_shard_bytes: int = 4 * 2**30,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         check_target(target)

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from evomerge.cli import look, models, runs
+from evomerge.cli import adapters, look, models, runs
 from evomerge.errors import LostRunError, UserError
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (*runs.COMMANDS, *look.COMMANDS, *models.COMMANDS):
+for command in (*runs.COMMANDS, *look.COMMANDS, *models.COMMANDS, *adapters.COMMANDS):
     app.command()(command)
 
 

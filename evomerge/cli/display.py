@@ -25,6 +25,11 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True, highlight=False)
 
 
+def warn(line: str) -> None:
+    """Print a line that the reader should know, beside the output."""
+    errors.print(f"note: {line}", markup=False, soft_wrap=True)
+
+
 def print_json(data: Any) -> None:
     """Print data as JSON, the only thing on standard output."""
     json.dump(data, sys.stdout, indent=2, allow_nan=False, ensure_ascii=False)

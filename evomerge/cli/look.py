@@ -141,11 +141,11 @@ def recipe(
         found = stored.located(Path(view.facts["base_dir"]))
     if format == "mergekit":
         from evomerge.checkpoints.layout import layout_of
-        from evomerge.checkpoints.source import Checkpoint, resolve
+        from evomerge.checkpoints.opening import open_checkpoint
         from evomerge.mergekit_writer import to_mergekit
 
         first = found.reference
-        layout = layout_of(Checkpoint.open(resolve(first.path, first.revision)))
+        layout = layout_of(open_checkpoint(first.path, first.revision))
         data = to_mergekit(found, layout)
         print_json(data) if as_json else typer.echo(dump_yaml(data), nl=False)
     elif as_json:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from evomerge.cli.options import JsonOption, SetOption, StoreOption, open_store
+from evomerge.cli.options import JsonOption, SetOption, StoreOption, byte_count, open_store
 
 OutArgument = Annotated[Path, typer.Argument(help="The directory to make.", show_default=False)]
 
@@ -17,19 +17,44 @@ OutArgument = Annotated[Path, typer.Argument(help="The directory to make.", show
 def merge(
     recipe: Annotated[Path, typer.Argument(help="An evomerge or mergekit YAML file.", show_default=False)],
     out: OutArgument,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option("--dtype", help="Of the weights written [the recipe's, else the base's]."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="Where tensors are merged: cpu, cuda, cuda:1.")
+    ] = "cpu",
+    shard_size: Annotated[
+        str, typer.Option("--shard-size", help="Largest weight file, such as 500MB or 5GB.")
+    ] = "4GiB",
 ) -> None:
     """Merge models as a recipe says and write the result as a Hugging Face directory."""
     from evomerge.checkpoints.writer import check_target
+    from evomerge.cli.display import warn
     from evomerge.mergekit import read_any_recipe
 
     parsed = read_any_recipe(recipe)
+    if dtype is not None:
+        parsed = parsed.model_copy(update={"dtype": dtype})
+    largest = byte_count(shard_size, "--shard-size")
     check_target(out)
-    from evomerge.merging.stream import open_sources, write_model
+    from evomerge.merging.stream import check_device, open_sources, write_model
 
-    opened = open_sources(parsed.refs, recipe.parent.resolve())
+    check_device(device)
+    opened = open_sources(parsed, recipe.parent.resolve(), warn)
     texts = {"recipe.yaml": parsed.located(recipe.parent.resolve()).to_yaml()}
     with _bytes_written() as progress:
-        typer.echo(f"wrote {write_model(parsed, opened, out, texts=texts, progress=progress)}")
+        made = write_model(
+            parsed,
+            opened,
+            out,
+            texts=texts,
+            progress=progress,
+            notice=warn,
+            device=device,
+            max_shard_bytes=largest,
+        )
+        typer.echo(f"wrote {made}")
 
 
 def export(

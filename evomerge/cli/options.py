@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evomerge.errors import StoreError
+from evomerge.errors import StoreError, UserError
 
 if TYPE_CHECKING:
     from evomerge.store import Store
@@ -30,6 +31,22 @@ SetOption = Annotated[
         "--set", metavar="SECTION.KEY=VALUE", help="Override one key of the config; may be repeated."
     ),
 ]
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def byte_count(text: str, option: str) -> int:
+    """Return how many bytes `500MB`, `5GB`, `4GiB` or `1000000` are.
+
+    Raises:
+        UserError: It is none of these, or less than one byte.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
+    count = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if count < 1:
+        raise UserError(f"{option}: expected a size such as 500MB or 5GB, got {text!r}")
+    return count
 
 
 def result_folder(name: str, store: str | None) -> Path:

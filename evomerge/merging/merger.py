@@ -16,6 +16,7 @@ from torch import Tensor
 
 from evomerge.checkpoints.layout import Layout
 from evomerge.checkpoints.source import Checkpoint
+from evomerge.checkpoints.writer import DTYPES as STORED
 from evomerge.errors import RecipeError
 from evomerge.merging.methods import KERNELS, Sources, Values
 from evomerge.merging.outline import Output, outline
@@ -47,6 +48,8 @@ class Merger:
         self._checkpoints = checkpoints
         self._device = torch.device(device)
         self._left = float("inf") if budget_bytes is None else float(budget_bytes)
+        self._keeps = budget_bytes != 0
+        self._unfit: set[tuple[Any, ...]] = set()
         self._kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
         self._outlines: dict[Any, dict[str, Output]] = {}
         self._whole: tuple[str, Any] | None = None
@@ -59,7 +62,8 @@ class Merger:
 
     def outputs(self, recipe: Recipe) -> Mapping[str, Output]:
         """Return the tensors of the recipe's model by name, in their order."""
-        key = (recipe.slices, tuple(ref.name for ref in recipe.refs))
+        slices = tuple(tuple(piece.layers.items()) for piece in recipe.slices)
+        key = (slices, tuple(ref.name for ref in recipe.refs))
         if key not in self._outlines:
             self._outlines = {key: outline(recipe, self.layout)}
         return self._outlines[key]
@@ -71,7 +75,7 @@ class Merger:
     def dtype_of(self, recipe: Recipe, name: str) -> torch.dtype:
         """Return the dtype that the merged tensor `name` is stored in; integers stay what they are."""
         ref, stored_name = self._inputs(recipe, self.outputs(recipe)[name])[0]
-        stored = self._checkpoint(ref).tensor(stored_name).dtype
+        stored = STORED[self._checkpoint(ref).tensors[stored_name].dtype]
         return DTYPES[recipe.dtype] if recipe.dtype and stored.is_floating_point else stored
 
     def merge(self, recipe: Recipe, name: str, out: Tensor | None = None) -> Tensor:
@@ -139,7 +143,13 @@ class Merger:
         if size <= self._left:
             self._left -= size
             self._kept[key] = (state, made)
+        else:
+            self._unfit.add(key)
         return made
+
+    def _will_keep(self, key: tuple[Any, ...]) -> bool:
+        """Return whether what is made under a key may serve another candidate, as far as is known."""
+        return self._keeps and key not in self._unfit
 
     def _checkpoint(self, ref: SourceRef) -> Checkpoint:
         try:
@@ -188,6 +198,8 @@ class _Work:
         )
         inputs = [(ref.identity, name) for ref, name in self.merger._inputs(self.recipe, self.output)]
         key = ("prepared", self.recipe.method, self.output.place.layer, *inputs)
+        if kernel.one_shot and not self.merger._will_keep(key):
+            return None
         return self.merger._keep(key, lambda: kernel.prepare(self.sources(), self.values), state)
 
 

@@ -3,35 +3,70 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from evomerge.checkpoints.layout import check_compatible, layout_of
-from evomerge.checkpoints.source import Checkpoint, resolve
-from evomerge.checkpoints.tokenizer import copy_tokenizer
+import torch
+from torch import Tensor
+
+from evomerge.checkpoints.aligned import align
+from evomerge.checkpoints.layout import Layout, check_compatible, layout_of
+from evomerge.checkpoints.opening import open_checkpoint
+from evomerge.checkpoints.source import Checkpoint
+from evomerge.checkpoints.tensors import first_non_finite
 from evomerge.checkpoints.writer import DTYPES as WRITABLE
-from evomerge.checkpoints.writer import Writer, check_target
+from evomerge.checkpoints.writer import MAX_SHARD_BYTES, PlanEntry, Writer, check_target
+from evomerge.errors import CandidateError, SourceError, UserError
 from evomerge.merging.merger import Merger
-from evomerge.merging.outline import Output
-from evomerge.recipe import Recipe, SourceRef
+from evomerge.merging.outline import Output, check_slices, outlined_config
+from evomerge.recipe import Recipe
 
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in WRITABLE.items()}
 
 
-def open_sources(refs: Iterable[SourceRef], base_dir: Path | None = None) -> dict[str, Checkpoint]:
+def _ignore(notice: str) -> None:
+    del notice
+
+
+def open_sources(
+    recipe: Recipe, base_dir: Path | None = None, notice: Callable[[str], None] = _ignore
+) -> dict[str, Checkpoint]:
     """Open the checkpoints that a recipe names.
 
+    Args:
+        recipe: Its sources may be adapters.
+        base_dir: What relative paths are relative to; None: the working directory.
+        notice: Called with each line about a difference that is allowed but may hurt.
+
     Returns:
-        Source name to checkpoint, in the order of `refs`.
+        Source name to checkpoint, in the order of the recipe's `refs`.
 
     Raises:
         SourceError: One is missing or broken, or they do not fit together.
+        RecipeError: A slice asks for layers that a source does not have.
     """
-    opened = {ref.name: Checkpoint.open(resolve(ref.path, ref.revision, base_dir=base_dir)) for ref in refs}
+    opened = {ref.name: open_checkpoint(ref.path, ref.revision, base_dir) for ref in recipe.refs}
     if len(opened) > 1:
-        check_compatible(opened)
+        aligning, sliced = recipe.tokenizer is not None, bool(recipe.slices)
+        for line in check_compatible(opened, aligning=aligning, sliced=sliced):
+            notice(line)
+    if recipe.slices:
+        check_slices(recipe, {name: layout_of(found).num_layers for name, found in opened.items()})
     return opened
+
+
+def check_device(device: str) -> None:
+    """Raise UserError unless torch can compute on a device of that name here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f'device: "{device}" cannot be used here ({reason}); expected cpu, cuda, cuda:1, ...'
+        ) from None
 
 
 def write_model(
@@ -41,8 +76,14 @@ def write_model(
     *,
     texts: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    notice: Callable[[str], None] = _ignore,
+    device: str = "cpu",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Write the merged model as a Hugging Face directory, all or nothing.
+
+    Each tensor is written while the next are merged. Memory: one tensor of every source where it must be
+    computed or moved to a device, else none, and three merged tensors.
 
     Args:
         recipe: What to merge.
@@ -50,41 +91,102 @@ def write_model(
         target: The directory to make; it must not exist.
         texts: More files by name, such as a model card.
         progress: Called with bytes written and bytes in all.
+        notice: Called with each line about the vocabulary that the reader should know.
+        device: Where tensors are merged.
+        max_shard_bytes: Largest weight file; a larger tensor gets a file of its own.
 
     Returns:
         `target`.
 
     Raises:
         UserError: The target exists, cannot be written, or the disk is full.
+        SourceError: A source holds NaN or infinity.
+        CandidateError: The recipe's parameters have no merged model, or its dtype cannot hold it.
     """
     check_target(target)
-    by_identity = {ref.identity: checkpoints[ref.name] for ref in recipe.refs}
+    checkpoints, vocabulary = align(checkpoints, recipe)
+    for line in vocabulary.warnings:
+        notice(line)
     reference = checkpoints[recipe.reference.name]
-    layout = layout_of(reference)
-    merger = Merger(by_identity, layout, budget_bytes=0)
-    outputs = merger.outputs(recipe)
-    names = list(outputs)
-    dtypes = [merger.dtype_of(recipe, name) for name in names]
-    shapes = [_shape(output, checkpoints) for output in outputs.values()]
-    plan = [
-        (name, SAFETENSORS_DTYPES[dtype], shape)
-        for name, dtype, shape in zip(names, dtypes, shapes, strict=True)
-    ]
-    sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in zip(dtypes, shapes, strict=True)]
+    by_identity = {ref.identity: checkpoints[ref.name] for ref in recipe.refs}
+    merger = Merger(by_identity, layout_of(reference), device=device, budget_bytes=0)
+    plan = _plan(recipe, checkpoints, merger)
+    total = sum(_nbytes(entry) for entry in plan)
     done = 0
-    with Writer(target, plan=plan) as writer:
-        for name, size in zip(names, sizes, strict=True):
-            writer.add(name, merger.merge(recipe, name))
-            done += size
-            progress(done, sum(sizes))
-        writer.add_json("config.json", merged_config(reference.config, recipe))
-        generation = reference.path / "generation_config.json"
-        if generation.is_file():
-            writer.copy_file(generation)
-        copy_tokenizer(checkpoints[recipe.tokenizer or recipe.reference.name].path, writer)
+    with Writer(target, plan=plan, max_shard_bytes=max_shard_bytes) as writer, _Behind(writer) as behind:
+        for entry in plan:
+            merged = merger.merge(recipe, entry[0])
+            _check_finite(merged, recipe, merger.outputs(recipe)[entry[0]], checkpoints)
+            behind.add(entry[0], merged)
+            done += _nbytes(entry)
+            progress(done, total)
+        behind.finish()
+        config = merged_config(reference.config, recipe, merger.layout)
+        writer.add_json("config.json", vocabulary.config(config))
+        generation = vocabulary.generation_config(reference)
+        if generation is not None:
+            writer.add_json("generation_config.json", generation)
+        vocabulary.write(writer)
         for name, text in (texts or {}).items():
             writer.add_text(name, text)
         return writer.commit()
+
+
+class _Behind:
+    """Writes tensors on a thread of its own, so that merging goes on meanwhile; at most two wait."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._waiting: deque[Future[None]] = deque()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Hand over a tensor; what went wrong with an earlier one is raised here."""
+        self._waiting.append(self._thread.submit(self._writer.add, name, tensor))
+        if len(self._waiting) > 2:
+            self._waiting.popleft().result()
+
+    def finish(self) -> None:
+        """Wait until everything is written."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+
+def _plan(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], merger: Merger) -> list[PlanEntry]:
+    return [
+        (name, SAFETENSORS_DTYPES[merger.dtype_of(recipe, name)], _shape(output, checkpoints))
+        for name, output in merger.outputs(recipe).items()
+    ]
+
+
+def _nbytes(entry: PlanEntry) -> int:
+    return math.prod(entry[2]) * WRITABLE[entry[1]].itemsize
+
+
+def _check_finite(
+    merged: Tensor, recipe: Recipe, output: Output, checkpoints: Mapping[str, Checkpoint]
+) -> None:
+    """Raise the reason if a merged tensor holds NaN or infinity."""
+    name = output.place.name
+    if first_non_finite([(name, merged)]) is None:
+        return
+    for source, stored in output.inputs.items():
+        checkpoint = checkpoints[source]
+        if first_non_finite([(stored, checkpoint.tensor(stored))]) is not None:
+            problem = f'tensor "{stored}" holds NaN or infinity; the checkpoint is damaged'
+            raise SourceError(f"{checkpoint.path}: {problem}")
+    dtype = str(merged.dtype).removeprefix("torch.")
+    raise CandidateError(
+        f'{name}: the merged values exceed what {dtype} can hold; use smaller weights, or "dtype: bfloat16"'
+        if recipe.dtype != "bfloat16"
+        else f"{name}: the merged values exceed what {dtype} can hold; use smaller weights"
+    )
 
 
 def _shape(output: Output, checkpoints: Mapping[str, Checkpoint]) -> tuple[int, ...]:
@@ -92,9 +194,10 @@ def _shape(output: Output, checkpoints: Mapping[str, Checkpoint]) -> tuple[int, 
     return checkpoints[source].tensors[name].shape
 
 
-def merged_config(config: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Return the reference's config with the recipe's dtype and without traces of where it lay."""
-    merged = {key: value for key, value in config.items() if key != "_name_or_path"}
+def merged_config(config: Mapping[str, Any], recipe: Recipe, layout: Layout) -> dict[str, Any]:
+    """Return the reference's config with the recipe's dtype and layers, without traces of where it lay."""
+    merged = outlined_config(config, recipe, layout)
+    merged.pop("_name_or_path", None)
     if recipe.dtype is not None:
         merged.pop("torch_dtype", None)
         merged["dtype"] = recipe.dtype

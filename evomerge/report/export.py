@@ -47,7 +47,7 @@ def export_candidate(
         raise StoreError(f'run "{run.name}": there is no candidate {number}')
     stored = parse_recipe(dict(summary.candidates[number].recipe), f"candidate {number}")
     recipe = stored.located(Path(run.facts["base_dir"]))
-    opened = open_sources(recipe.refs)
+    opened = open_sources(recipe)
     for ref in recipe.refs:
         if opened[ref.name].fingerprint != ref.fingerprint:
             raise StoreError(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from evomerge.checkpoints.source import Checkpoint, resolve
+from evomerge.checkpoints.opening import open_checkpoint
 from evomerge.errors import CandidateError, EvomergeError
 from evomerge.fitness.function import evaluate_function, load_function
 from evomerge.fitness.harness import Evaluation, Harness
@@ -38,7 +38,7 @@ class Worker:
         self._spec = spec
         base_dir = Path(spec.base_dir)
         opened = {
-            ref.name: Checkpoint.open(resolve(ref.path, ref.revision, base_dir=base_dir))
+            ref.name: open_checkpoint(ref.path, ref.revision, base_dir)
             for ref in spec.sources
         }
         for checkpoint in opened.values():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evomerge.catalogue import CATALOGUE
+from evomerge.catalogue import CATALOGUE, Parameter
 from evomerge.checkpoints.source import Checkpoint
 from evomerge.recipe import Recipe, parse_recipe
 from tests.checkpoints.tiny import make_model
@@ -57,19 +57,40 @@ def recipe_of(
     return parse_recipe({**data, **more}, "test")
 
 
+OWN: dict[str, dict[str, Any]] = {
+    "layer_swap": {"bottom": 1.0, "top": 0.0, "transition": 1.0},
+    "model_stock": {"clamp": False},
+    "doge": {"steps": 20.0},
+    "optmerge": {"steps": 20.0},
+    "wudi": {"steps": 20.0},
+}
+"""Parameters of the method that make it do what it does on a model of a few layers, quickly."""
+
+LEFT_ALONE = frozenset(
+    {"lines_alpha", "lines_beta", "eps", "tol", "max_iter", "steps", "subspace", "rank", "agreement"}
+)
+
+
 def usual(method: str, checkpoints: Mapping[str, Checkpoint], shift: float = 0.0, **more: Any) -> Recipe:
-    """Return a recipe with unremarkable parameters, others for another `shift`."""
-    known = {parameter.name for parameter in CATALOGUE[method].parameters if parameter.scope == "source"}
+    """Return a recipe with unremarkable parameters, others for another `shift` (up to 0.5)."""
+    numbers = [p for p in CATALOGUE[method].parameters if not p.choices and p.name not in LEFT_ALONE]
+    names = [name for name in checkpoints if name != "base"]
+
+    def within(parameter: Parameter, place: float) -> float:
+        low, high = parameter.low or 0.0, parameter.high or 1.0
+        return low + min(max(place, 0.0), 1.0) * (high - low)
+
+    def of_source(parameter: Parameter, i: int) -> float:
+        if parameter.name == "weight":
+            return 0.3 + 0.2 * i + shift
+        return within(parameter, 0.7 - 0.1 * i - shift / 2)
+
     values = {
-        name: {
-            key: value
-            for key, value in (("weight", 0.3 + 0.2 * i + shift), ("density", 0.7 - 0.1 * i - shift / 2))
-            if key in known
-        }
-        for i, name in enumerate(name for name in checkpoints if name != "base")
+        name: {p.name: of_source(p, i) for p in numbers if p.scope == "source"}
+        for i, name in enumerate(names)
     }
-    own = {"t": 0.3 + shift} if method == "slerp" else {}
-    return recipe_of(method, checkpoints, {**values, "method": own}, **more)
+    own = {p.name: within(p, 0.3 + shift) for p in numbers if p.scope == "method"}
+    return recipe_of(method, checkpoints, {**values, "method": {**own, **OWN.get(method, {})}}, **more)
 
 
 def by_identity(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from evomerge.merging.methods import KERNELS, Sources
-from evomerge.merging.methods.base import total, uniform_codes
+from evomerge.merging.blocks import total
+from evomerge.merging.draws import draw_keys, uniform_codes
 
 CPU = torch.device("cpu")
 RANGE = 2**24
@@ -21,7 +21,7 @@ Codes = npt.NDArray[np.int64]
 
 
 def codes(seed: int = 0, key: str = "source\x1ftensor", count: int = N) -> Codes:
-    return uniform_codes(seed, key, count, CPU).numpy().astype(np.int64)
+    return uniform_codes(draw_keys(seed, key), 0, count, CPU).numpy().astype(np.int64)
 
 
 def by_hand(seed: int, key: str, index: int) -> int:
@@ -69,7 +69,7 @@ def test_same_arguments_give_the_same_codes_and_shorter_ones_are_their_start() -
 
 def test_codes_beyond_two_to_the_24_are_still_those_of_their_index() -> None:
     count = 2**24 + 100
-    long = uniform_codes(3, "key", count, CPU)
+    long = uniform_codes(draw_keys(3, "key"), 0, count, CPU)
     for index in (2**24 - 1, 2**24, count - 1):
         assert int(long[index]) == by_hand(3, "key", index)
     kept = float((long < RANGE // 4).double().mean())
@@ -130,14 +130,10 @@ def test_runs_of_kept_entries_are_as_long_as_chance_has_it() -> None:
     assert abs(excess(np.bincount(windows, minlength=256), windows.size / 256)) < 5
 
 
-def test_mask_of_a_source_does_not_depend_on_the_other_sources() -> None:
-    base, *tensors = torch.randn(4, 1_000, generator=torch.Generator().manual_seed(0)).unbind()
-    kernel = KERNELS["dare_linear"]
-    whole = kernel.prepare(Sources(base, tuple(tensors), ("a", "b", "c")), 1)
-    turned = kernel.prepare(Sources(base, tuple(tensors[::-1]), ("c", "b", "a")), 1)
-    alone = kernel.prepare(Sources(base, (tensors[1],), ("b",)), 1)
-    assert torch.equal(whole.codes[1], alone.codes[0])
-    assert all(torch.equal(a, b) for a, b in zip(whole.codes, turned.codes[::-1], strict=True))
+def test_codes_of_a_part_are_those_of_the_whole() -> None:
+    keys, whole = draw_keys(0, "source\x1ftensor"), codes()
+    for start, count in ((0, 5), (1, 70_000), (131_071, 2), (N - 3, 3)):
+        assert np.array_equal(uniform_codes(keys, start, count, CPU).numpy(), whole[start : start + count])
 
 
 @pytest.mark.parametrize("count", [0, 1, 16_383, 16_384, 16_385, 40_000, 131_072, 300_001])

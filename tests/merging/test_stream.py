@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -171,19 +170,16 @@ def test_sources_stay_as_they_are(tmp_path: Path) -> None:
     assert {name: content(checkpoint.path) for name, checkpoint in checkpoints.items()} == before
 
 
-def test_config_keeps_everything_but_the_dtype_and_where_it_lay() -> None:
-    class Anything:
-        dtype: Any = None
-
+def test_config_keeps_everything_but_the_dtype_and_where_it_lay(checkpoints: dict[str, Checkpoint]) -> None:
     config = {"model_type": "llama", "torch_dtype": "float32", "_name_or_path": "/home/me", "rope_theta": 1e4}
-    recipe = Anything()
-    assert merged_config(config, recipe) == {  # type: ignore[arg-type]
+    recipe, layout = usual("linear", checkpoints), layout_of(checkpoints["a"])
+    assert merged_config(config, recipe, layout) == {
         "model_type": "llama",
         "torch_dtype": "float32",
         "rope_theta": 1e4,
     }
-    recipe.dtype = "bfloat16"
-    assert merged_config(config, recipe) == {  # type: ignore[arg-type]
+    narrow = usual("linear", checkpoints, dtype="bfloat16")
+    assert merged_config(config, narrow, layout) == {
         "model_type": "llama",
         "dtype": "bfloat16",
         "rope_theta": 1e4,
@@ -205,7 +201,7 @@ def test_tensor_of_integers_is_written_as_it_is(tmp_path: Path) -> None:
 
 def test_sources_of_a_recipe_are_opened_by_name(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
     recipe = usual("ties", checkpoints)
-    opened = open_sources(recipe.refs)
+    opened = open_sources(recipe)
     assert list(opened) == [ref.name for ref in recipe.refs] == ["base", "a", "b", "c"]
     assert opened["a"].path == checkpoints["a"].path
 
@@ -215,17 +211,52 @@ def test_source_of_a_relative_path_lies_beside_the_recipe(
 ) -> None:
     recipe = usual("linear", checkpoints)
     folder = checkpoints["a"].path.parent
-    refs = [ref.model_copy(update={"path": ref.name}) for ref in recipe.refs]
-    assert open_sources(refs, folder)["b"].path == checkpoints["b"].path
+    sources = tuple(source.model_copy(update={"path": source.name}) for source in recipe.sources)
+    relative = recipe.model_copy(update={"sources": sources})
+    assert open_sources(relative, folder)["b"].path == checkpoints["b"].path
     with pytest.raises(SourceError):
-        open_sources(refs, tmp_path)
+        open_sources(relative, tmp_path)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_source_with_a_value_that_is_no_number_is_named(
+    bad: float, tmp_path: Path, checkpoints: dict[str, Checkpoint]
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = make_llama(tmp_path / "bad", seed=9)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][3, 5] = bad
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    pair = {"a": checkpoints["a"], "b": Checkpoint.open(folder)}
+    with pytest.raises(SourceError, match=f'bad: tensor "{name}" holds NaN or infinity'):
+        write_model(usual("linear", pair), pair, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_merge_that_its_dtype_cannot_hold_is_refused(
+    tmp_path: Path, checkpoints: dict[str, Checkpoint]
+) -> None:
+    huge = {name: {"weight": 1e6} for name in "ab"}
+    recipe = recipe_of("linear", checkpoints, {**huge, "method": {"normalize": False}}, dtype="float16")
+    with pytest.raises(CandidateError, match="exceed what float16 can hold"):
+        write_model(recipe, checkpoints, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_are_as_small_as_asked_for(tmp_path: Path, checkpoints: dict[str, Checkpoint]) -> None:
+    recipe = usual("linear", checkpoints)
+    whole = write_model(recipe, checkpoints, tmp_path / "whole")
+    parts = write_model(recipe, checkpoints, tmp_path / "parts", max_shard_bytes=8_000)
+    assert len(list(parts.glob("model-*.safetensors"))) > 2
+    first, second = Checkpoint.open(whole), Checkpoint.open(parts)
+    assert all(same_bits(first.tensor(name), second.tensor(name)) for name in first.tensors)
 
 
 def test_sources_that_do_not_fit_are_refused(checkpoints: dict[str, Checkpoint], tmp_path: Path) -> None:
     other = Checkpoint.open(make_llama(tmp_path / "other", layers=3))
     recipe = usual("linear", {"a": checkpoints["a"], "b": other})
     with pytest.raises(SourceError, match="num_hidden_layers"):
-        open_sources(recipe.refs)
+        open_sources(recipe)
 
 
 MEASURE = """
@@ -237,7 +268,7 @@ from evomerge.recipe import parse_recipe, read_recipe
 
 torch.set_num_threads(1)
 recipe = read_recipe(Path(sys.argv[1]))
-checkpoints = open_sources(recipe.refs)
+checkpoints = open_sources(recipe)
 
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -250,6 +281,7 @@ def watch():
         peak = max(peak, anonymous())
         ready.set()
 
+write_model(recipe, checkpoints, Path(sys.argv[2] + "-warm"))  # compiles
 watcher = threading.Thread(target=watch)
 watcher.start()
 ready.wait()
@@ -281,7 +313,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     return found
 
 
-@pytest.mark.parametrize(("method", "bytes_per_entry"), [("linear", 16), ("dare_ties", 40), ("ties", 46)])
+@pytest.mark.parametrize(
+    ("method", "bytes_per_entry"), [("linear", 12), ("dare_ties", 12), ("ties", 24), ("della", 60)]
+)
 def test_memory_is_that_of_a_few_tensors(
     method: str, bytes_per_entry: int, large: dict[str, Checkpoint], tmp_path: Path
 ) -> None:

@@ -151,7 +151,7 @@ def test_the_stock_command_prints_the_scores_of_the_worker_for_the_exported_mode
     try:
         spec, recipe = spec_of(world, **fitness), recipe_of(world)
         outcome = Worker(spec).run(job(recipe, "search"))
-        model = write_model(recipe, open_sources(recipe.refs, world), tmp_path / "merged")
+        model = write_model(recipe, open_sources(recipe, world), tmp_path / "merged")
     finally:
         written.unlink(missing_ok=True)
     assert outcome.status == "ok", outcome.reason

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from evomerge.errors import CandidateError
-from evomerge.merging.methods.base import Kernel, Sources, Values, blocks, kernel, total, weighted_sum
+from evomerge.merging.loops import gram
+from evomerge.merging.methods.base import Kernel, Sources, Values, kernel, weighted_sum
 
 PARALLEL = 0.9995
 """Above this |cosine| slerp is a straight line, where the two agree to rounding."""
@@ -59,11 +60,11 @@ class Slerp(Kernel):
 
     def prepare(self, sources: Sources, values: Values) -> float | None:
         """Return the angle in radians between the two tensors; None where a straight line is exact."""
-        first, second = (tensor.view(-1) for tensor in sources.tensors)
-        norms = math.sqrt(_dot(first, first)) * math.sqrt(_dot(second, second))
+        products = gram(sources.tensors)
+        norms = math.sqrt(products[0][0]) * math.sqrt(products[1][1])
         if norms == 0.0:
             return None
-        cosine = _dot(first, second) / norms
+        cosine = products[0][1] / norms
         return None if abs(cosine) > PARALLEL else math.acos(cosine)
 
     def merge(self, sources: Sources, prepared: Any, values: Values, out: Tensor) -> None:  # noqa: D102
@@ -76,9 +77,3 @@ class Slerp(Kernel):
                 math.sin(t * prepared) / math.sin(prepared),
             )
         weighted_sum(sources.tensors, factors, out)
-
-
-def _dot(first: Tensor, second: Tensor) -> float:
-    """Return the scalar product in float64."""
-    parts = blocks(first.numel(), first.device)
-    return math.fsum(total(first[part].double().mul_(second[part])) for part in parts)

@@ -7,25 +7,18 @@ kept in float32 and cast once, when it is written to `out`.
 
 from __future__ import annotations
 
-import hashlib
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
 from evomerge.catalogue import CATALOGUE, Method
+from evomerge.merging.blocks import BLOCK_ELEMENTS, ROW_ELEMENTS, block_buffers, blocks, in_float32, total
+from evomerge.merging.loops import weighted_sum
 from evomerge.recipe import Scalar
 from evomerge.records import Place
-
-BLOCK_ELEMENTS = 1 << 18
-"""Elements worked on at a time on a CPU: few enough to stay in cache, enough to outweigh a call's cost."""
-
-ROW_ELEMENTS = 1 << 14
-"""Elements that `total` adds up in one go: too few for torch to divide them among threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +92,13 @@ class Kernel(ABC):
         method: Its entry of the catalogue.
         prepared_by: Names of the parameters that prepared state depends on, besides `seed` if it is named.
             A search that varies one of them prepares again.
+        one_shot: Whether `merge` also takes None for prepared state, and is then faster for a single
+            candidate than preparing and merging. The result is the same.
     """
 
     method: Method
     prepared_by: ClassVar[tuple[str, ...]] = ()
+    one_shot: ClassVar[bool] = False
 
     def prepare(self, sources: Sources, values: Values) -> Any:
         """Return what does not depend on searched parameters, or None where there is nothing to keep.
@@ -127,6 +123,22 @@ class Kernel(ABC):
         """Write the merged tensor to `out` (the sources' shape, any floating dtype, contiguous)."""
 
 
+__all__ = [
+    "BLOCK_ELEMENTS",
+    "KERNELS",
+    "ROW_ELEMENTS",
+    "Kernel",
+    "Sources",
+    "Values",
+    "View",
+    "block_buffers",
+    "blocks",
+    "in_float32",
+    "kernel",
+    "total",
+    "weighted_sum",
+]
+
 KERNELS: dict[str, Kernel] = {}
 
 
@@ -139,86 +151,3 @@ def kernel(name: str) -> Callable[[type[Kernel]], type[Kernel]]:
         return cls
 
     return bind
-
-
-def weighted_sum(tensors: Sequence[Tensor], factors: Sequence[float], out: Tensor) -> None:
-    """Write `sum_i factors[i] * tensors[i]` to `out`, accumulated in float32.
-
-    Tensors with factor 0 are not read; factors (0, 1, 0) give the second tensor bit for bit.
-    """
-    used = [(tensor.view(-1), factor) for tensor, factor in zip(tensors, factors, strict=True) if factor != 0]
-    flat_out = out.view(-1)
-    if not used:
-        flat_out.zero_()
-        return
-    if len(used) == 1 and used[0][1] == 1.0:
-        flat_out.copy_(used[0][0])
-        return
-    (first, first_factor), *rest = used
-    scratch = block_buffers(2, flat_out)
-    for part in blocks(flat_out.numel(), out.device):
-        target = flat_out[part]
-        accumulator, cast = scratch[:, : target.numel()]
-        merged = target if target.dtype == torch.float32 else accumulator
-        torch.mul(in_float32(first[part], cast), first_factor, out=merged)
-        for tensor, factor in rest:
-            merged.add_(in_float32(tensor[part], cast), alpha=factor)
-        if merged is not target:
-            target.copy_(merged)
-
-
-def in_float32(part: Tensor, cast: Tensor) -> Tensor:
-    """Return a part of a tensor in float32, by way of the buffer `cast` if it is not already."""
-    return part if part.dtype == torch.float32 else cast.copy_(part)
-
-
-def block_buffers(count: int, like: Tensor) -> Tensor:
-    """Return `count` float32 buffers for a block of a flat tensor, one in a row.
-
-    They are made once for a tensor: memory that a CPU's allocator gets for every block costs more time than
-    the arithmetic on it.
-    """
-    width = min(BLOCK_ELEMENTS, like.numel()) if like.device.type == "cpu" else like.numel()
-    return torch.empty((count, width), dtype=torch.float32, device=like.device)
-
-
-def blocks(count: int, device: torch.device) -> Iterator[slice]:
-    """Yield the parts of a flat tensor to work on one at a time: small on a CPU, all at once elsewhere."""
-    step = BLOCK_ELEMENTS if device.type == "cpu" else max(1, count)
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))
-
-
-def total(values: Tensor) -> float:
-    """Return the sum of a flat tensor in float64, the same whatever the number of threads."""
-    whole = values.numel() // ROW_ELEMENTS * ROW_ELEMENTS
-    sums = [float(values[whole:].sum(dtype=torch.float64))]
-    for rows in torch.split(values[:whole].view(-1, ROW_ELEMENTS), 16):  # torch copies them to float64
-        sums += rows.sum(dim=1, dtype=torch.float64).tolist()
-    return math.fsum(sums)
-
-
-def uniform_codes(seed: int, key: str, count: int, device: torch.device) -> Tensor:
-    """Return `count` integers uniform in [0, 2**24), a pure function of (seed, key, index), as int32.
-
-    Counter based: the index is mixed with two 32-bit keys by the finaliser of MurmurHash3 (Appleby 2011),
-    applied twice. No state, so neither the order of work nor the number of workers changes a mask.
-    """
-    digest = hashlib.sha256(f"{seed}\x1f{key}".encode()).digest()
-    first, second = (int.from_bytes(digest[i : i + 4], "little", signed=True) for i in (0, 4))
-    codes = torch.arange(count, dtype=torch.int32, device=device)
-    for part in blocks(count, device):
-        code = codes[part]
-        for word in (first, second):
-            code ^= word
-            for shift, factor in ((16, -2048144789), (13, -1028477387)):
-                code ^= _shift_right(code, shift)
-                code *= factor
-            code ^= _shift_right(code, 16)
-        code.copy_(_shift_right(code, 8))
-    return codes
-
-
-def _shift_right(code: Tensor, bits: int) -> Tensor:
-    """Logical shift of int32, which torch shifts arithmetically."""
-    return (code >> bits).bitwise_and_((1 << (32 - bits)) - 1)
