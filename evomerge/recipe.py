@@ -274,8 +274,8 @@ class Recipe(StrictModel):
             "evomerge": self.evomerge,
             "method": self.method,
             "base": self.base.identity if self.base else None,
-            "sources": [[source.identity, _plain(source.parameters)] for source in self.sources],
-            "parameters": _plain(self.parameters),
+            "sources": [[source.identity, _chosen(source.parameters, method)] for source in self.sources],
+            "parameters": _chosen(self.parameters, method),
             "seed": self.seed if method.random else None,
             "tokenizer": {UNION: UNION, **identities}.get(self.tokenizer or self.reference.name),
             "dtype": self.dtype,
@@ -380,6 +380,15 @@ def _plain(settings: Mapping[str, Setting]) -> dict[str, Any]:
         else:
             plain[name] = [rule.model_dump(mode="json", exclude_none=True) for rule in setting]
     return plain
+
+
+def _chosen(settings: Mapping[str, Setting], method: Method) -> dict[str, Any]:
+    """Return the settings that differ from the defaults: a parameter that is new changes no old digest."""
+
+    def is_default(name: str, setting: Setting) -> bool:
+        return len(setting) == 1 and setting[0].general and setting[0].value == method.parameter(name).default
+
+    return _plain({name: setting for name, setting in settings.items() if not is_default(name, setting)})
 
 
 def parse_recipe(data: Any, where: str) -> Recipe:

@@ -38,6 +38,7 @@ ELEMENTWISE: tuple[Method, ...] = (
     Method(
         name="sce",
         title="Select entries by variance, weight sources by energy, erase minority signs",
+        state_bytes=1.5,
         paper=FUSECHAT,
         parameters=(
             Parameter(
@@ -191,6 +192,7 @@ ELEMENTWISE: tuple[Method, ...] = (
     Method(
         name="arcee_fusion",
         title="Take over the entries of one source that changed most, by importance",
+        state_bytes=1.0,
         paper="Arcee Fusion, mergekit documentation (no paper)",
         max_sources=1,
         parameters=MERGED_DELTA,

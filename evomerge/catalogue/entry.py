@@ -55,6 +55,8 @@ class Method:
         mergekit: Whether mergekit has a method of this name that does the same.
         ordered: Whether the order of the sources has a meaning.
         whole_model: Whether a tensor's result depends on other tensors.
+        state_bytes: Bytes of prepared state for each entry of each source, about; what does not fit into the
+            memory budget is made again for every candidate.
         notes: Where implementations differ, and what is done here.
         unverified: What of the published method could not be checked against its source; empty: nothing.
     """
@@ -70,6 +72,7 @@ class Method:
     mergekit: bool = False
     ordered: bool = False
     whole_model: bool = False
+    state_bytes: float = 0.0
     notes: str = ""
     unverified: str = ""
 

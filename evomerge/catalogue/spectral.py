@@ -54,6 +54,7 @@ SPECTRAL = (
     Method(
         name="tsv_m",
         title="Leading singular vectors of each delta, decorrelated across sources",
+        state_bytes=1.0,
         paper="Task Singular Vectors (TSV-Merge), CVPR 2025, arXiv 2412.00081",
         parameters=(
             weight(1.0, 0.0, 2.0, "factor of the source's singular values"),
@@ -102,6 +103,7 @@ SPECTRAL = (
     Method(
         name="wudi",
         title="Merged delta that interferes least with the subspace of every delta",
+        state_bytes=5.0,
         paper="Whoever Started the Interference Should End It (WUDI-Merging), ICML 2025, arXiv 2503.08099",
         parameters=(
             SHARE_OF_LOSS,
@@ -126,6 +128,7 @@ SPECTRAL = (
     Method(
         name="optmerge",
         title="WUDI with deltas of low rank, descended from their mean",
+        state_bytes=1.5,
         paper="OptMerge, ICLR 2026, arXiv 2505.19892",
         parameters=(
             SHARE_OF_LOSS,
@@ -152,6 +155,7 @@ SPECTRAL = (
     Method(
         name="opcm",
         title="Sources merged one after another, each by what is new in it",
+        state_bytes=1.5,
         paper="Merging Models on the Fly Without Retraining (OPCM), NeurIPS 2025, arXiv 2501.09522",
         ordered=True,
         whole_model=True,
@@ -179,6 +183,7 @@ SPECTRAL = (
     Method(
         name="doge",
         title="Deltas of one length, a shared correction by projected gradients, global masks",
+        state_bytes=1.5,
         paper="Adaptive Projective Gradient Descent (DOGE), ICML 2025, arXiv 2501.01230",
         whole_model=True,
         parameters=(

@@ -45,6 +45,7 @@ THINNED = (
     Method(
         name="ties",
         title="Trim deltas by magnitude, elect a sign, average those that agree",
+        state_bytes=0.2,
         paper="TIES-Merging, arXiv 2306.01708",
         parameters=(
             weight(1.0, 0.0, 1.5, "factor of the source's trimmed delta, and of its vote"),
@@ -100,6 +101,7 @@ THINNED = (
     Method(
         name="della",
         title="Drop delta entries at random, small ones sooner, and rescale, then elect a sign",
+        state_bytes=2.0,
         paper=_DELLA,
         random=True,
         parameters=(
@@ -116,6 +118,7 @@ THINNED = (
     Method(
         name="della_linear",
         title="Drop delta entries at random, small ones sooner, and rescale, then task arithmetic",
+        state_bytes=2.0,
         paper=_DELLA,
         random=True,
         parameters=(
@@ -132,6 +135,7 @@ THINNED = (
     Method(
         name="breadcrumbs",
         title="Drop the largest and the smallest delta entries, then task arithmetic",
+        state_bytes=0.2,
         paper=_BREADCRUMBS,
         parameters=(
             weight(1.0, 0.0, 1.5, _ADDED),
@@ -146,6 +150,7 @@ THINNED = (
     Method(
         name="breadcrumbs_ties",
         title="Drop the largest and the smallest delta entries, then elect a sign and sum those that agree",
+        state_bytes=0.2,
         paper=_BREADCRUMBS,
         parameters=(
             weight(1.0, 0.0, 1.5, _VOTED),

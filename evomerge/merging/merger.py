@@ -112,8 +112,11 @@ class Merger:
             return None
         if self._whole is None or self._whole[0] != recipe.digest:
             self._whole = None
-            works = [_Work(self, recipe, output) for output in self.outputs(recipe).values()]
-            floating = [work for work in works if work.sources().tensors[0].is_floating_point()]
+            floating = [
+                _Work(self, recipe, output)
+                for name, output in self.outputs(recipe).items()
+                if self.dtype_of(recipe, name).is_floating_point
+            ]
             self._whole = (recipe.digest, kernel.whole(floating))
         return self._whole[1]
 

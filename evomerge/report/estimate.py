@@ -12,8 +12,6 @@ from evomerge.plan import Plan
 CPU_FLOPS_PER_CORE = 2e10
 GPU_FLOPS = 1.5e14
 BYTES_PER_SECOND = {"cpu": 5e9, "cuda": 1e12}
-PREPARED_BYTES = {"ties": 8, "dare_linear": 8, "dare_ties": 8}
-"""Bytes kept per delta entry by methods that prepare any: a float32 delta and an int32 code."""
 
 
 def estimate(config: RunConfig, base_dir: Path) -> dict[str, Any]:
@@ -31,8 +29,11 @@ def estimate(config: RunConfig, base_dir: Path) -> dict[str, Any]:
     plan.scan_sources()
     first = next(iter(plan.checkpoints.values()))
     source_bytes = sum(checkpoint.nbytes for checkpoint in plan.checkpoints.values())
-    kept = PREPARED_BYTES.get(config.space.method, 0) * first.num_parameters * len(config.sources.models)
-    memory = first.nbytes + kept + (source_bytes if config.workers.device == "cuda" else 0)
+    state = plan.space.method.state_bytes * first.num_parameters * len(config.sources.models)
+    resident = source_bytes if config.workers.device == "cuda" else 0
+    cap = config.workers.memory_gib
+    capped = cap is not None and cap * 2**30 < state + resident
+    memory = first.nbytes + (cap * 2**30 if cap is not None and capped else state + resident)
     counts = {
         split: sum(len(ids) for ids in plan.document_sets().get(split, {}).values())
         for split in ("search", "select", "test")
@@ -60,6 +61,8 @@ def estimate(config: RunConfig, base_dir: Path) -> dict[str, Any]:
         "documents": ", ".join(f"{n} {split}" for split, n in counts.items()),
         "candidates": f"{config.budget.evaluations} searched after {len(plan.seeded)} baselines and starts",
         "memory per worker": f"{memory / 2**30:.2f} GiB, and {source_bytes / 2**30:.2f} GiB of mapped files",
+        "prepared state": f"{state / 2**30:.2f} GiB"
+        + ("; what workers.memory_gib leaves out is made again for each candidate" if capped else ""),
         "rough time of the search": f"{_hours(total['cpu'])} on CPUs, {_hours(total['cuda'])} on GPUs, "
         f"{workers} worker{'s' if workers != 1 else ''}",
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -307,3 +310,40 @@ def test_unknown_source_is_an_error_in_one_line(checkpoints: dict[str, Checkpoin
 def test_sources_may_be_identified_by_path(checkpoints: dict[str, Checkpoint]) -> None:
     recipe = usual("linear", checkpoints, fingerprints=False)
     assert everything(merger_of(recipe, checkpoints), recipe)
+
+
+EVERYWHERE = """
+import hashlib, sys
+from pathlib import Path
+import torch
+from tests.contracts.method import raw
+from tests.merging.recipes import by_identity, usual
+from tests.merging.test_merger import merger_of
+from evomerge.checkpoints.source import Checkpoint
+
+torch.set_num_threads(int(sys.argv[2]))
+checkpoints = {path.name: Checkpoint.open(path) for path in sorted(Path(sys.argv[1]).iterdir())}
+checkpoints = {"base": checkpoints.pop("base"), **checkpoints}
+for method in sys.argv[3:]:
+    recipe = usual(method, checkpoints)
+    merger = merger_of(recipe, checkpoints)
+    digest = hashlib.sha256(b"".join(raw(merger.merge(recipe, name)) for name in merger.layout.places))
+    print(method, digest.hexdigest())
+"""
+
+
+def test_every_process_makes_the_same_model(checkpoints: dict[str, Checkpoint]) -> None:
+    methods = ["slerp", "ties", "dare_ties", "tsv_m"]
+    folder = checkpoints["base"].path.parent
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", EVERYWHERE, folder, str(1 + i % 3), *methods],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONHASHSEED": str(i)},
+        )
+        for i in range(8)
+    ]
+    outputs = {process.communicate(timeout=300)[0] for process in processes}
+    assert len(outputs) == 1
+    assert [line.split()[0] for line in outputs.pop().splitlines()] == methods
