@@ -36,6 +36,7 @@ from evomerge.catalogue import Method, Scope, method_named
 from evomerge.errors import RecipeError
 from evomerge.rules import Rule, Scalar, Setting, check_value, rules_of, value_at
 from evomerge.strict import StrictModel, canonical_json, dump_yaml, read_yaml, validated
+from evomerge.tokens import UNION, ModelToken, TokenRow, ZeroRow
 
 __all__ = [
     "UNION",
@@ -57,9 +58,6 @@ __all__ = [
 ]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-UNION = "union"
-"""Value of `tokenizer` for the tokens of all sources together."""
 
 
 class SourceRef(StrictModel):
@@ -109,44 +107,6 @@ class Slice(StrictModel):
         """Number of layers."""
         first, end = next(iter(self.layers.values()))
         return end - first
-
-
-class ZeroRow(StrictModel):
-    """Zeros in embedding and head."""
-
-    kind: Literal["zero"]
-
-
-class ModelToken(StrictModel):
-    """The row of source `model` (or the base) for one of its tokens, given by `token` or `token_id`."""
-
-    kind: Literal["model_token"]
-    model: str
-    token: str | None = None
-    token_id: int | None = Field(default=None, ge=0)
-
-
-class TokenRow(StrictModel):
-    """What a token has in embedding and head of the sources that lack it.
-
-    Attributes:
-        source: Name of the source (or base) whose row of this token it is, or another row.
-        force: Whether the sources that have the token take that row too.
-    """
-
-    source: str | ZeroRow | ModelToken
-    force: bool = False
-
-    @property
-    def model(self) -> str | None:
-        """Name of the source the row comes from; None for zeros."""
-        return self.source if isinstance(self.source, str) else getattr(self.source, "model", None)
-
-    def identity(self, identities: Mapping[str, str]) -> list[Any]:
-        """Return what the recipe's digest sees of it, given each source's identity by name."""
-        row = {"kind": "source"} if isinstance(self.source, str) else self.source.model_dump()
-        where = [identities.get(self.model or ""), row.get("token"), row.get("token_id")]
-        return [row["kind"], *where, self.force]
 
 
 class Recipe(StrictModel):

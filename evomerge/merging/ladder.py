@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from evomerge.merging import torched
-from evomerge.merging.compiled import memory, thinned
+from evomerge.merging.compiled import memory
+from evomerge.merging.compiled.order import entry_at, magnitude_order
 from evomerge.merging.keeps import ABOVE_ALL, ALL_ABOVE, NONE_ABOVE, Cut
 
 RUNGS = 1 << 13
@@ -64,8 +65,8 @@ def rung_of(rank: int, count: int) -> int:
     return int(ranks[right] if ranks[right] - rank <= rank - ranks[left] else ranks[left])
 
 
-def _end(rung: int) -> Cut:
-    return ALL_ABOVE if rung else NONE_ABOVE
+def _end(rank: int) -> Cut:
+    return ALL_ABOVE if rank > 0 else NONE_ABOVE
 
 
 def cut_at(base: Tensor, tensor: Tensor, rank: int) -> Cut:
@@ -76,14 +77,14 @@ def cut_at(base: Tensor, tensor: Tensor, rank: int) -> Cut:
         return _end(rung)
     if not memory.takes(base, tensor):
         return ladder_of(base, tensor).cut(rank)
-    entry = thinned.entry_at(base, tensor, rung)
+    entry = entry_at(base, tensor, rung)
     return Cut(ABOVE_ALL - (entry >> 32), (entry & 0xFFFFFFFF) + 1)
 
 
 def ladder_of(base: Tensor, tensor: Tensor) -> Ladder:
     """Return the ladder of a source's delta; memory: 8 bytes per entry while it is made."""
     if memory.takes(base, tensor):
-        order = thinned.magnitude_order(base, tensor)
+        order = magnitude_order(base, tensor)
         order.sort()
     else:
         order = torched.magnitude_order(base, tensor).sort().values.cpu().numpy().view(np.uint64)
@@ -96,15 +97,10 @@ def ladder_of(base: Tensor, tensor: Tensor) -> Ladder:
 def common_cut(ladders: Sequence[Ladder], rank: int) -> Cut:
     """Return the cut that about `rank` entries of several tensors together lie above."""
     bits = np.concatenate([ladder.bits.numpy() for ladder in ladders])
+    fractions = np.concatenate([ladder.fractions.numpy() for ladder in ladders])
     masses = np.concatenate([np.diff(ranks_of(ladder.count)) for ladder in ladders])
-    if rank <= 0:
-        return NONE_ABOVE
-    if rank >= masses.sum():
-        return ALL_ABOVE
-    descending = np.argsort(bits)[::-1]
-    reached = np.cumsum(masses[descending])
-    found = bits[descending][np.searchsorted(reached, rank)]
-    above, equal = int(masses[bits > found].sum()), int(masses[bits == found].sum())
-    share = round((rank - above) / equal * 2**32)
-    # All that are equal lie above: the same as none of the next smaller magnitude.
-    return Cut(int(found), share) if share < 2**32 else Cut(max(0, int(found) - 1), 0)
+    if rank <= 0 or rank >= masses.sum():
+        return _end(rank)
+    order = np.lexsort((fractions, -bits))
+    found = order[np.searchsorted(np.cumsum(masses[order]), rank)]
+    return Cut(int(bits[found]), int(fractions[found]) + 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from evomerge.merging import loops, torched
 from evomerge.merging.compiled import affine, memory, thinned
+from evomerge.merging.compiled.order import magnitude_order
 from evomerge.merging.draws import draw_keys
 from evomerge.merging.keeps import ALL_ABOVE, GOLDEN, NONE_ABOVE, Band, Cut, Draw, Election, Graded, Keep
 
@@ -154,7 +155,7 @@ def test_sums_over_what_is_kept_are_the_same(kind: str, threads: int) -> None:
 
 def test_order_is_by_magnitude_and_then_by_fraction() -> None:
     base, tensor = numbers(torch.bfloat16, 0), numbers(torch.bfloat16, 1)
-    order = thinned.magnitude_order(base, tensor)
+    order = magnitude_order(base, tensor)
     assert torch.equal(torch.from_numpy(order.view("int64")), torched.magnitude_order(base, tensor))
     magnitudes = (tensor.float() - base.float()).abs().numpy()
     fractions = np.arange(N) * GOLDEN % 2**32

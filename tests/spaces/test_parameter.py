@@ -71,12 +71,14 @@ def spaces(draw):
         if kind == "free":
             parameters[parameter.name] = "free"
         elif kind == "fixed":
-            parameters[parameter.name] = 0.5
+            parameters[parameter.name] = within(parameter, 0.5)
         elif kind == "choices":
-            parameters[parameter.name] = {"choices": draw(st.permutations([0.0, 0.25, 0.6, 1.0]))}
+            parameters[parameter.name] = {
+                "choices": draw(st.permutations([within(parameter, x) for x in (0.0, 0.25, 0.6, 1.0)]))
+            }
         elif kind != "default":
-            low = draw(st.sampled_from([0.01, 0.3, 0.7]))
-            high = draw(st.sampled_from([0.71, 0.9, 1.0]))
+            low = within(parameter, draw(st.sampled_from([0.01, 0.3, 0.7])))
+            high = within(parameter, draw(st.sampled_from([0.71, 0.9, 1.0])))
             parameters[parameter.name] = {"low": low, "high": high, "log": kind == "log"}
         if isinstance(parameters.get(parameter.name), dict) and parameter.per_tensor and draw(st.booleans()):
             parameters[parameter.name]["granularity"] = draw(granularity)
@@ -97,10 +99,19 @@ def spaces(draw):
     if known.random and draw(st.booleans()):
         data["seed"] = {"count": 5}
     free = any(isinstance(v, dict) or v == "free" for v in parameters.values()) or "seed" in data
-    if not free and {"weight", "t"} & set(parameters):
-        parameters.pop("weight", parameters.pop("t", None))
+    if not free:
+        names = [parameter.name for parameter in known.parameters]
+        parameters[next((name for name in names if name in ("weight", "t")), names[0])] = "free"
     layers = draw(st.integers(2, 7))
-    return space(data, layers=layers), places(layers)
+    count = max(known.min_sources, min(2, known.max_sources or 2))
+    return space(data, count, layers), places(layers)
+
+
+def within(parameter, share):
+    """Return a value that the parameter may have, 0 the lowest and 1 at most one above."""
+    low = parameter.valid_low or 0.0
+    high = min(low + 1.0, parameter.valid_high or low + 1.0)
+    return low + share * (high - low)
 
 
 @st.composite
@@ -284,7 +295,7 @@ def test_rescale_choices_and_seeds_are_categories():
     data = {"method": "dare_ties", "parameters": {"rescale": "free"}, "seed": {"count": 3}}
     found = space(data, count=1)
     kinds = [(d.label, d.kind, d.size) for d in found.dimensions]
-    assert kinds == [("weight s0", "real", 0), ("rescale", "categorical", 3), ("seed", "categorical", 3)]
+    assert kinds == [("weight s0", "real", 0), ("rescale", "categorical", 4), ("seed", "categorical", 3)]
     recipe = found.decode((0.5, 1.0, 2.0))
     assert (recipe.parameters["rescale"][0].value, recipe.seed) == ("l1", 2)
 
