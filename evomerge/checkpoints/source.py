@@ -58,6 +58,7 @@ class Checkpoint:
         self._stored = {info.name: info for info in stored}
         self._states = {file: _state(file) for file in files}
         self._handles: dict[Path, Any] = {}
+        self._views: dict[str, torch.Tensor] = {}
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -144,10 +145,13 @@ class Checkpoint:
         """
         from evomerge.checkpoints.tensors import load
 
-        info = self._stored.get(name)
-        if info is None:
-            raise broken(self.path, f"has no tensor {show(name)}")
-        return load(self._handle(info.file), info)
+        view = self._views.get(name)
+        if view is None:
+            info = self._stored.get(name)
+            if info is None:
+                raise broken(self.path, f"has no tensor {show(name)}")
+            view = self._views[name] = load(self._handle(info.file), info)
+        return view
 
     def is_stored(self, name: str) -> bool:
         """Whether `tensor(name)` is a view of a file, which costs no memory; else it is computed each time."""
@@ -190,7 +194,7 @@ class Checkpoint:
         return self._handles[file]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}}
+        return {**self.__dict__, "_handles": {}, "_views": {}}
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, {self.num_parameters:,} parameters)"

@@ -18,9 +18,9 @@ from evomerge.checkpoints.layout import Layout
 from evomerge.checkpoints.source import Checkpoint
 from evomerge.checkpoints.writer import DTYPES as STORED
 from evomerge.errors import RecipeError
-from evomerge.merging.methods import KERNELS, Sources, Values
+from evomerge.merging.methods import KERNELS, Kernel, Sources, Values
 from evomerge.merging.outline import Output, outline
-from evomerge.recipe import Recipe, RecipeSource, Setting, SourceRef, value_at
+from evomerge.recipe import Recipe, Setting, SourceRef, value_at
 from evomerge.records import Place
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,7 +51,7 @@ class Merger:
         self._keeps = budget_bytes != 0
         self._unfit: set[tuple[Any, ...]] = set()
         self._kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
-        self._outlines: dict[Any, dict[str, Output]] = {}
+        self._outlined: tuple[Recipe, dict[str, Output]] | None = None
         self._whole: tuple[str, Any] | None = None
         self.layout = layout
 
@@ -62,11 +62,11 @@ class Merger:
 
     def outputs(self, recipe: Recipe) -> Mapping[str, Output]:
         """Return the tensors of the recipe's model by name, in their order."""
-        slices = tuple(tuple(piece.layers.items()) for piece in recipe.slices)
-        key = (slices, tuple(ref.name for ref in recipe.refs))
-        if key not in self._outlines:
-            self._outlines = {key: outline(recipe, self.layout)}
-        return self._outlines[key]
+        known = self._outlined
+        if known is None or (known[0] is not recipe and not _same_outline(known[0], recipe)):
+            known = (recipe, outline(recipe, self.layout))
+        self._outlined = (recipe, known[1])
+        return known[1]
 
     def layers(self, recipe: Recipe) -> int:
         """Return the number of layers of the recipe's model."""
@@ -74,7 +74,7 @@ class Merger:
 
     def dtype_of(self, recipe: Recipe, name: str) -> torch.dtype:
         """Return the dtype that the merged tensor `name` is stored in; integers stay what they are."""
-        ref, stored_name = self._inputs(recipe, self.outputs(recipe)[name])[0]
+        ref, stored_name = self.inputs_of(recipe, self.outputs(recipe)[name])[0]
         stored = STORED[self._checkpoint(ref).tensors[stored_name].dtype]
         return DTYPES[recipe.dtype] if recipe.dtype and stored.is_floating_point else stored
 
@@ -120,20 +120,22 @@ class Merger:
             self._whole = (recipe.digest, kernel.whole(floating))
         return self._whole[1]
 
-    def _inputs(self, recipe: Recipe, output: Output) -> list[tuple[SourceRef, str]]:
+    def inputs_of(self, recipe: Recipe, output: Output) -> list[tuple[SourceRef, str]]:
+        """Return what takes part in a tensor, the base first, and the tensor's name there."""
         return [(ref, output.inputs[ref.name]) for ref in recipe.refs if ref.name in output.inputs]
 
-    def _tensor(self, ref: SourceRef, name: str) -> Tensor:
+    def tensor(self, ref: SourceRef, name: str) -> Tensor:
+        """Return a tensor of a source on the merger's device; what had to be computed or moved is kept."""
         checkpoint = self._checkpoint(ref)
         if self._device.type == "cpu" and checkpoint.is_stored(name):
             return checkpoint.tensor(name).contiguous()
-        kept: Tensor = self._keep(
+        kept: Tensor = self.keep(
             ("source", ref.identity, name),
             lambda: checkpoint.tensor(name).to(self._device).contiguous(),
         )
         return kept
 
-    def _keep(self, key: tuple[Any, ...], make: Callable[[], Any], state: Any = None) -> Any:
+    def keep(self, key: tuple[Any, ...], make: Callable[[], Any], state: Any = None) -> Any:
         """Return what `make` makes, from memory if it was kept in this state; another state replaces it."""
         kept = self._kept.get(key)
         if kept is not None and kept[0] == state:
@@ -150,7 +152,7 @@ class Merger:
             self._unfit.add(key)
         return made
 
-    def _will_keep(self, key: tuple[Any, ...]) -> bool:
+    def will_keep(self, key: tuple[Any, ...]) -> bool:
         """Return whether what is made under a key may serve another candidate, as far as is known."""
         return self._keeps and key not in self._unfit
 
@@ -163,47 +165,51 @@ class Merger:
             ) from None
 
 
+def _same_outline(one: Recipe, other: Recipe) -> bool:
+    return one.slices == other.slices and [r.name for r in one.refs] == [r.name for r in other.refs]
+
+
 class _Work:
     """One tensor of one candidate; reads and prepares when asked to."""
 
+    __slots__ = ("inputs", "merged", "merger", "output", "recipe", "values")
+
     def __init__(self, merger: Merger, recipe: Recipe, output: Output) -> None:
         self.merger, self.recipe, self.output = merger, recipe, output
+        self.inputs = merger.inputs_of(recipe, output)
+        self.merged = [source for source in recipe.sources if source.name in output.inputs]
         self.values = Values(
             method=_scaled_by_depth(_at(recipe.parameters, output.place), output.place),
-            sources=tuple(_at(source.parameters, output.place) for source in self._merged),
+            sources=tuple(_at(source.parameters, output.place) for source in self.merged),
             seed=recipe.seed,
         )
 
-    @property
-    def _merged(self) -> list[RecipeSource]:
-        return [source for source in self.recipe.sources if source.name in self.output.inputs]
-
     def sources(self) -> Sources:
-        inputs = self.output.inputs
-        tensors = [
-            self.merger._tensor(ref, name) for ref, name in self.merger._inputs(self.recipe, self.output)
-        ]
+        names = self.output.inputs
+        tensors = [self.merger.tensor(ref, name) for ref, name in self.inputs]
         return Sources(
             base=tensors[0] if self.recipe.base else None,
-            tensors=tuple(tensors[-len(self._merged) :]),
-            keys=tuple(f"{source.identity}\x1f{inputs[source.name]}" for source in self._merged),
+            tensors=tuple(tensors[-len(self.merged) :]),
+            keys=tuple(f"{source.identity}\x1f{names[source.name]}" for source in self.merged),
             place=self.output.place,
             layers=self.merger.layers(self.recipe),
         )
 
     def prepared(self) -> Any:
         kernel = KERNELS[self.recipe.method]
+        if type(kernel).prepare is Kernel.prepare:
+            return None
         state = tuple(
             self.values.seed
             if name == "seed"
             else (self.values.method.get(name), *(source.get(name) for source in self.values.sources))
             for name in kernel.prepared_by
         )
-        inputs = [(ref.identity, name) for ref, name in self.merger._inputs(self.recipe, self.output)]
-        key = ("prepared", self.recipe.method, self.output.place.layer, *inputs)
-        if kernel.one_shot and not self.merger._will_keep(key):
+        identities = ((ref.identity, name) for ref, name in self.inputs)
+        key = ("prepared", self.recipe.method, self.output.place.layer, *identities)
+        if kernel.one_shot and not self.merger.will_keep(key):
             return None
-        return self.merger._keep(key, lambda: kernel.prepare(self.sources(), self.values), state)
+        return self.merger.keep(key, lambda: kernel.prepare(self.sources(), self.values), state)
 
 
 def _scaled_by_depth(method: dict[str, Any], place: Place) -> dict[str, Any]:
