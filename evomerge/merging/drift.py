@@ -334,10 +334,14 @@ class _Comparison:
         if unit.pair is None or self.attention is None or not any(whole):
             return
         layer = unit.places[0].layer
-        drifting = max((drift for source in self.sources for drift in self._drifts(source, unit)), default=0.0)
+        drifting = max(
+            (drift for source in self.sources for drift in self._drifts(source, unit)), default=0.0
+        )
         if layer is None or not (self.all_products or drifting > LARGE_DRIFT):
             return
         chosen = [0, *(number + 1 for number, there in enumerate(whole) if there)]
         models = [[tensors[number] for tensors, _ in read] for number in chosen]
-        for number, drifts in zip(chosen[1:], group_drifts(self.attention, unit.pair, models, layer), strict=True):
+        for number, drifts in zip(
+            chosen[1:], group_drifts(self.attention, unit.pair, models, layer), strict=True
+        ):
             self.sources[number - 1].products.setdefault(unit.pair, ProductDrift()).add(layer, drifts)

@@ -44,7 +44,6 @@ _FULLY_ROTARY = (
 together, and norms of queries and keys, if any, for each head."""
 
 
-
 @dataclass(frozen=True, slots=True)
 class Attention:
     """How the attention heads of a model lie in its tensors.
@@ -218,5 +217,3 @@ def _pair_products(rows: Tensor, others: Tensor) -> Tensor:
         (real * other_real).sum(-1) + (imaginary * other_imaginary).sum(-1),
         (real * other_imaginary).sum(-1) - (imaginary * other_real).sum(-1),
     )
-
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from evomerge.merging import torched
@@ -44,6 +45,13 @@ def gram(tensors: Sequence[Tensor]) -> list[list[float]]:
     if memory.takes(*tensors):
         return affine.gram(tensors)
     return [[torched.dot(first, second) for second in tensors] for first in tensors]
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor infinity."""
+    if memory.takes(tensor):
+        return affine.all_finite(tensor)
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def merge_thinned(

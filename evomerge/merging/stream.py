@@ -20,6 +20,7 @@ from evomerge.checkpoints.tensors import first_non_finite
 from evomerge.checkpoints.writer import DTYPES as WRITABLE
 from evomerge.checkpoints.writer import MAX_SHARD_BYTES, PlanEntry, Writer, check_target
 from evomerge.errors import CandidateError, SourceError, UserError
+from evomerge.merging.loops import all_finite
 from evomerge.merging.merger import Merger
 from evomerge.merging.outline import Output, check_slices, outlined_config
 from evomerge.recipe import Recipe
@@ -174,7 +175,7 @@ def _check_finite(
 ) -> None:
     """Raise the reason if a merged tensor holds NaN or infinity."""
     name = output.place.name
-    if first_non_finite([(name, merged)]) is None:
+    if all_finite(merged):
         return
     for source, stored in output.inputs.items():
         checkpoint = checkpoints[source]

@@ -162,6 +162,18 @@ def test_order_is_by_magnitude_and_then_by_fraction() -> None:
     assert np.array_equal(order.argsort(), np.lexsort((fractions, -magnitudes)))
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_number_that_is_none_is_found(bad: float, dtype: torch.dtype, threads: int) -> None:
+    values = numbers(dtype, 0)
+    values[7] = torch.finfo(dtype).max
+    assert loops.all_finite(values)
+    for place in (0, 16_384, N - 1):
+        spoilt = values.clone()
+        spoilt[place] = bad
+        assert not loops.all_finite(spoilt)
+
+
 def test_tensors_that_are_not_contiguous_are_refused() -> None:
     turned = torch.zeros(4, 3).T
     with pytest.raises(RuntimeError, match="view"):

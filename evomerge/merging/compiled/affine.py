@@ -1,4 +1,4 @@
-"""Weighted sums of tensors, and their scalar products."""
+"""Weighted sums of tensors, their scalar products, and a look for numbers that are none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge.merging.compiled.memory import READERS, WRITERS, addresses, njit, summing
+from evomerge.merging.compiled.memory import READERS, WRITERS, addresses, as_bits, njit, summing
 from evomerge.merging.compiled.threads import ALIGNED, spread
 
 
@@ -47,6 +47,14 @@ def gram(tensors: Sequence[Tensor]) -> list[list[float]]:
     products = iter(math.fsum(row) for row in sums)
     upper = [[0.0] * row + [next(products) for _ in range(row, size)] for row in range(size)]
     return [[upper[min(i, j)][max(i, j)] for j in range(size)] for i in range(size)]
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor infinity."""
+    loop, (start_of_tensor,), count = _count_loop(tensor.dtype), addresses(tensor), tensor.numel()
+    counts = np.zeros(-(-count // ALIGNED), dtype=np.int64)
+    spread(lambda start, stop: loop(start_of_tensor, start, stop, counts), count)
+    return not counts.any()
 
 
 @functools.cache
@@ -105,6 +113,22 @@ def _block_dot(first: torch.dtype, second: torch.dtype) -> Any:
         return total
 
     return product
+
+
+@functools.cache
+def _count_loop(dtype: torch.dtype) -> Any:
+    """Return a loop that counts the numbers that are not finite in each block."""
+    read, exponent = READERS[dtype], np.uint32(0x7F800000)
+
+    @njit
+    def loop(inputs, start, stop, counts):
+        for block in range(start // ALIGNED, -(-stop // ALIGNED)):
+            count = 0
+            for i in range(block * ALIGNED, min((block + 1) * ALIGNED, stop)):
+                count += 1 if np.uint32(as_bits(read(inputs, i)) & exponent) == exponent else 0
+            counts[block] = count
+
+    return loop
 
 
 @functools.cache
