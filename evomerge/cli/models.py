@@ -31,6 +31,7 @@ def merge(
     """Merge models as a recipe says and write the result as a Hugging Face directory."""
     from evomerge.checkpoints.writer import check_target
     from evomerge.cli.display import warn
+    from evomerge.errors import CandidateError, RecipeError
     from evomerge.mergekit import read_any_recipe
 
     parsed = read_any_recipe(recipe)
@@ -44,17 +45,20 @@ def merge(
     opened = open_sources(parsed, recipe.parent.resolve(), warn)
     texts = {"recipe.yaml": parsed.located(recipe.parent.resolve()).to_yaml()}
     with _bytes_written() as progress:
-        made = write_model(
-            parsed,
-            opened,
-            out,
-            texts=texts,
-            progress=progress,
-            notice=warn,
-            device=device,
-            max_shard_bytes=largest,
-        )
-        typer.echo(f"wrote {made}")
+        try:
+            made = write_model(
+                parsed,
+                opened,
+                out,
+                texts=texts,
+                progress=progress,
+                notice=warn,
+                device=device,
+                max_shard_bytes=largest,
+            )
+        except CandidateError as problem:
+            raise RecipeError(f"{recipe}: {problem}") from None
+    typer.echo(f"wrote {made}")
 
 
 def export(

@@ -17,7 +17,8 @@ from evomerge.checkpoints.layout import layout_of
 from evomerge.checkpoints.source import Checkpoint
 from evomerge.errors import SourceError
 from evomerge.merging.merger import DTYPES, Merger
-from evomerge.recipe import Recipe
+from evomerge.merging.outline import outlined_config
+from evomerge.recipe import Recipe, Slice
 
 
 class LiveModel:
@@ -55,7 +56,7 @@ class LiveModel:
             self._config = AutoConfig.from_pretrained(reference.path, trust_remote_code=False)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer.path, trust_remote_code=False)
         self._reference = reference
-        self._built_dtype: torch.dtype | None = None
+        self._built: tuple[torch.dtype, tuple[Slice, ...]] | None = None
         self._targets: dict[str, Tensor] | None = None
         self.model: Any = None
 
@@ -67,7 +68,7 @@ class LiveModel:
             SourceError: The checkpoints lack a tensor that the config calls for.
         """
         dtype = self._dtype or self._exported_dtype(recipe)
-        if self._targets is None or self._built_dtype != dtype:
+        if self._targets is None or self._built != (dtype, recipe.slices):
             self._build(recipe, dtype)
             return
         for name, target in self._targets.items():
@@ -86,11 +87,14 @@ class LiveModel:
     def _build(self, recipe: Recipe, dtype: torch.dtype) -> None:
         self.model = self._targets = None  # room for the new one
         state = {name: self._merger.merge(recipe, name) for name in self._merger.outputs(recipe)}
+        config = self._config
+        if recipe.slices:
+            config = type(config).from_dict(outlined_config(config.to_dict(), recipe, self._layout))
         with quiet():
             with torch.device("meta"):  # the config is copied, as transformers writes into it
-                kind = type(AutoModelForCausalLM.from_config(copy.deepcopy(self._config)))
+                kind = type(AutoModelForCausalLM.from_config(copy.deepcopy(config)))
             model, info = kind.from_pretrained(
-                None, config=self._config, state_dict=dict(state), dtype=dtype, output_loading_info=True
+                None, config=config, state_dict=dict(state), dtype=dtype, output_loading_info=True
             )
         if info["missing_keys"]:
             missing = min(info["missing_keys"])
@@ -98,7 +102,7 @@ class LiveModel:
         model.to(self.device).eval().requires_grad_(False)
         if (self._reference.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(self._reference.path)
-        self._targets, self._built_dtype, self.model = _targets(model, state), dtype, model
+        self._targets, self._built, self.model = _targets(model, state), (dtype, recipe.slices), model
 
 
 def _targets(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

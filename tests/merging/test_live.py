@@ -14,7 +14,7 @@ from evomerge.checkpoints.source import Checkpoint
 from evomerge.errors import CandidateError, SourceError
 from evomerge.merging.live import LiveModel
 from evomerge.merging.stream import write_model
-from evomerge.recipe import Recipe
+from evomerge.recipe import Recipe, parse_recipe
 from tests.checkpoints.tiny import FAMILIES, edit_json
 from tests.contracts.method import same_bits
 from tests.merging.recipes import METHODS, by_identity, models, recipe_of, usual
@@ -241,3 +241,16 @@ def test_global_random_state_is_left_alone(checkpoints: dict[str, Checkpoint]) -
     live.apply(usual("dare_ties", checkpoints))
     live.apply(usual("dare_ties", checkpoints, 0.1))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_model_of_other_layers_is_the_exported_one(family: str, tmp_path: Path) -> None:
+    checkpoints = models(tmp_path, family, layers=4)
+    plain = usual("linear", checkpoints)
+    slices = [{"layers": {"a": [0, 3], "b": [1, 4], "c": [0, 3]}}, {"layers": {"b": [2, 4]}}]
+    sliced = parse_recipe({**plain.to_json(), "slices": slices}, "test")
+    live = live_of(checkpoints, "a")
+    for i, recipe in enumerate((sliced, plain, sliced)):
+        live.apply(recipe)
+        assert_same_model(live.model, exported(recipe, checkpoints, tmp_path / f"out{i}"))
+    assert live.model.config.num_hidden_layers == 5
