@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from evomerge.checkpoints.card import Row, SourceCard, model_card, read_license
 from evomerge.checkpoints.source import Checkpoint
-from evomerge.checkpoints.writer import check_target
 from evomerge.config import RunConfig
 from evomerge.errors import CandidateError, FitnessError, RecipeError
 from evomerge.fitness.scoring import Interval, Resampled, plain_rules
@@ -83,15 +82,15 @@ class Soup:
         kind: `uniform` or `greedy`.
         chosen: Names of its sources; of a greedy soup in the order in which they were added.
         recipe: Method `linear`, weight 1 for each of them, normalized.
+        plan: The checked config it was made from.
         steps: What greedy tried, in order; the first is the best single source.
         select: Of a greedy soup, what it is worth.
-        path: The model directory.
     """
 
     kind: Kind
     chosen: tuple[str, ...]
     recipe: Recipe
-    path: Path
+    plan: Plan
     steps: tuple[Step, ...] = field(default=())
     select: Comparison | None = None
 
@@ -127,7 +126,6 @@ class Soup:
             }
         return {
             "kind": self.kind,
-            "path": str(self.path),
             "chosen": list(self.chosen),
             "steps": steps,
             "select": select,
@@ -135,17 +133,15 @@ class Soup:
         }
 
 
-def make_soup(
+def choose_soup(
     config: RunConfig,
     base_dir: Path,
-    target: Path,
     kind: Kind = "greedy",
     *,
     listener: Callable[[Progress], None] = lambda progress: None,
     notice: Callable[[str], None] = lambda line: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Soup:
-    """Choose sources and write their average as a model directory with recipe and model card.
+    """Choose the sources of a soup.
 
     Only greedy scores anything: every source and all but one average on the whole of the search documents,
     one after another in this process, and two models on the select documents.
@@ -154,29 +150,57 @@ def make_soup(
         config: Its `sources.models` are the ingredients; `fitness`, `seed`, `space.dtype`, `space.tokenizer`
             and the threads, device and dtype of its workers count too.
         base_dir: What the config's paths are relative to.
-        target: The directory to make.
         kind: `uniform`: all sources; `greedy`: those that help.
         listener: Called after each score.
         notice: Called with lines for people, one for each step of greedy.
-        progress: Called with bytes written and bytes in all.
 
     Raises:
-        UserError: A source, a task or the target does not work, or no source can be scored; there is no
-            target then.
+        UserError: A source or a task does not work, or no source can be scored.
     """
-    check_target(target)
     notice("reading sources and tasks")
     plan = Plan(config, base_dir)
     for warning in plan.warnings:
         notice(f"warning: {warning}")
     names = [ref.name for ref in config.sources.models]
     if kind == "uniform":
-        soup = Soup(kind, tuple(names), _average(plan, names), target)
-    else:
-        with _pool(plan) as pool:
-            soup = _Greedy(plan, pool, listener, notice).run(target)
-    _write(soup, plan, progress, notice)
-    return soup
+        return Soup(kind, tuple(names), _average(plan, names), plan)
+    with _pool(plan) as pool:
+        return _Greedy(plan, pool, listener, notice).run()
+
+
+def write_soup(
+    soup: Soup,
+    target: Path,
+    *,
+    notice: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Write a soup as a model directory with recipe and model card; return the directory.
+
+    Args:
+        soup: What `choose_soup` returned.
+        target: The directory to make.
+        notice: Called with lines for people.
+        progress: Called with bytes written and bytes in all.
+
+    Raises:
+        UserError: The target does not work, or a source changed meanwhile; there is no target then.
+    """
+    recipe = soup.recipe.located(soup.plan.base_dir)
+    opened = open_sources(recipe)
+    for ref in recipe.refs:
+        if opened[ref.name].fingerprint != ref.fingerprint:
+            raise FitnessError(
+                f"source {ref.name} ({ref.path}) changed meanwhile; restore it and start again"
+            )
+    texts = {"recipe.yaml": recipe.to_yaml(), "README.md": _card(soup, target.name, recipe, opened)}
+    mergekit = mergekit_yaml(recipe, opened)
+    if mergekit is not None:
+        texts["mergekit.yaml"] = mergekit
+    try:
+        return write_model(recipe, opened, target, texts=texts, progress=progress, notice=notice)
+    except CandidateError as problem:
+        raise RecipeError(f"{target}: {problem}") from None
 
 
 class _Greedy:
@@ -189,8 +213,8 @@ class _Greedy:
         self._phase, self._done, self._total, self._failures = "", 0, 0, 0
         self._best: float | None = None
 
-    def run(self, target: Path) -> Soup:
-        """Return the soup, not yet written."""
+    def run(self) -> Soup:
+        """Return the soup."""
         names = [ref.name for ref in self._plan.config.sources.models]
         self._begin("sources", len(names))
         alone = {name: self._score([name], "search") for name in names}
@@ -200,16 +224,16 @@ class _Greedy:
             raise FitnessError(f"no source can be scored; the first failure ({names[0]}): {reason}")
         ranked = sorted(scores, key=lambda name: -scores[name])  # stable: of equals the config's first
         chosen = ranked[:1]
-        self._best = scores[chosen[0]]
-        steps = [Step(chosen[0], self._best, self._best, kept=True)]
+        self._best = best = scores[chosen[0]]
+        steps = [Step(chosen[0], best, best, kept=True)]
         self._notice(str(steps[0]))
         self._begin("soup", len(ranked) - 1)
         for name in ranked[1:]:
             tried = self._score([*chosen, name], "search")
-            kept = tried.score is not None and tried.score > self._best
-            if kept:
+            kept = tried.score is not None and tried.score > best
+            if tried.score is not None and kept:
                 chosen.append(name)
-                self._best = tried.score
+                self._best = best = tried.score
             steps.append(Step(name, scores[name], tried.score, kept, tried.reason))
             self._notice(str(steps[-1]))
         for name in names:
@@ -217,7 +241,7 @@ class _Greedy:
                 steps.append(Step(name, None, None, kept=False, reason=alone[name].reason))
                 self._notice(str(steps[-1]))
         select = self._compare(chosen)
-        return Soup("greedy", tuple(chosen), _average(self._plan, chosen), target, tuple(steps), select)
+        return Soup("greedy", tuple(chosen), _average(self._plan, chosen), self._plan, tuple(steps), select)
 
     def _compare(self, chosen: Sequence[str]) -> Comparison:
         """Score the soup and its first source on the select documents."""
@@ -298,25 +322,7 @@ def _average(plan: Plan, names: Sequence[str]) -> Recipe:
     return parse_recipe(data, "soup")
 
 
-def _write(
-    soup: Soup, plan: Plan, progress: Callable[[int, int], None], notice: Callable[[str], None]
-) -> None:
-    recipe = soup.recipe.located(plan.base_dir)
-    opened = open_sources(recipe)
-    for ref in recipe.refs:
-        if opened[ref.name].fingerprint != ref.fingerprint:
-            raise FitnessError(f"source {ref.name} ({ref.path}) changed meanwhile; restore it and start again")
-    texts = {"recipe.yaml": recipe.to_yaml(), "README.md": _card(soup, recipe, opened)}
-    mergekit = mergekit_yaml(recipe, opened)
-    if mergekit is not None:
-        texts["mergekit.yaml"] = mergekit
-    try:
-        write_model(recipe, opened, soup.path, texts=texts, progress=progress, notice=notice)
-    except CandidateError as problem:
-        raise RecipeError(f"{soup.path}: {problem}") from None
-
-
-def _card(soup: Soup, recipe: Recipe, opened: dict[str, Checkpoint]) -> str:
+def _card(soup: Soup, name: str, recipe: Recipe, opened: dict[str, Checkpoint]) -> str:
     sources = [
         SourceCard(
             ref.name, ref.path, ref.revision, ref.fingerprint or "", read_license(opened[ref.name].path)
@@ -326,19 +332,21 @@ def _card(soup: Soup, recipe: Recipe, opened: dict[str, Checkpoint]) -> str:
     rows: list[Row] = []
     gain = soup.select.gain.interval if soup.select and soup.select.gain else None
     if soup.select is not None:
-        names = (soup.path.name, soup.chosen[0])
+        names = (name, soup.chosen[0])
         outcomes = (soup.select.soup, soup.select.source)
-        for name, outcome, interval in zip(names, outcomes, soup.select.scores, strict=True):
+        for model, outcome, interval in zip(names, outcomes, soup.select.scores, strict=True):
             tasks = {task: (found.metric, found.stderr) for task, found in outcome.tasks.items()}
-            rows.append(Row(name, tasks, (interval.mean, interval.low, interval.high)))
-    known = gain is not None and gain.low is not None and gain.high is not None
+            rows.append(Row(model, tasks, (interval.mean, interval.low, interval.high)))
+    claimed = None
+    if gain is not None and gain.low is not None and gain.high is not None:
+        claimed = (gain.mean, gain.low, gain.high)
     return model_card(
-        name=soup.path.name,
+        name=name,
         base_models=sources,
         method=recipe.method,
         recipe_yaml=recipe.to_yaml(),
         results=rows if gain is not None else rows[:1],
-        gain=(gain.mean, gain.low, gain.high) if known else None,
+        gain=claimed,
         gain_over=f"{soup.chosen[0]}, the best single source on the search documents",
         warnings=[f"This is a {soup.verdict}."],
     )

@@ -12,7 +12,7 @@ PACKAGE = Path(evomerge.__file__).parent
 
 LAYERS = (
     ("__main__", "cli", "demo"),
-    ("drive", "evaluate"),
+    ("drive", "evaluate", "soup"),
     ("search", "plan", "config", "report"),
     ("workers",),
     ("merging", "fitness"),

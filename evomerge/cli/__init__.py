@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from evomerge.cli import adapters, look, models, runs
+from evomerge.cli import adapters, inspect, look, models, runs, soup
 from evomerge.errors import LostRunError, UserError
 
 app = typer.Typer(
@@ -18,7 +18,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (*runs.COMMANDS, *look.COMMANDS, *models.COMMANDS, *adapters.COMMANDS):
+for command in (
+    *runs.COMMANDS,
+    *look.COMMANDS,
+    *models.COMMANDS,
+    *adapters.COMMANDS,
+    *soup.COMMANDS,
+    *inspect.COMMANDS,
+):
     app.command()(command)
 
 

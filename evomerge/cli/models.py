@@ -44,7 +44,7 @@ def merge(
     check_device(device)
     opened = open_sources(parsed, recipe.parent.resolve(), warn)
     texts = {"recipe.yaml": parsed.located(recipe.parent.resolve()).to_yaml()}
-    with _bytes_written() as progress:
+    with bytes_written() as progress:
         try:
             made = write_model(
                 parsed,
@@ -77,7 +77,7 @@ def export(
         view = opened.run(run)
         from evomerge.report.export import export_candidate
 
-        with _bytes_written() as progress:
+        with bytes_written() as progress:
             typer.echo(f"wrote {export_candidate(view, out, candidate, progress=progress)}")
 
 
@@ -112,15 +112,15 @@ def evaluate(
 
 
 @contextmanager
-def _bytes_written() -> Iterator[Callable[[int, int], None]]:
+def bytes_written(what: str = "writing") -> Iterator[Callable[[int, int], None]]:
     """Show how much of a model has been written, on a terminal."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from evomerge.cli.display import errors
 
-    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bar:
-        task = bar.add_task("writing", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from evomerge.cli.models import OutArgument, _bytes_written
+from evomerge.cli.models import OutArgument, bytes_written
 from evomerge.cli.options import JsonOption, SetOption
 
 if TYPE_CHECKING:
-    from evomerge.soup import Comparison, Soup
+    from evomerge.fitness.scoring import Interval
 
 
 def soup(
@@ -28,7 +28,7 @@ def soup(
 ) -> None:
     """Average the sources of a config, all or greedily those that help, and write the model."""
     from evomerge.checkpoints.writer import check_target
-    from evomerge.cli.display import Listener, print_json
+    from evomerge.cli.display import Listener, console, print_json, simple_table, warn
     from evomerge.config import read_config
 
     parsed = read_config(config, overrides or [])
@@ -36,12 +36,33 @@ def soup(
     from evomerge.soup import choose_soup, write_soup
 
     with Listener() as listener:
-        chosen = choose_soup(
-            parsed, config.parent.resolve(), kind, listener=listener, notice=listener.notice
-        )
-    with _bytes_written() as progress:
-        write_soup(chosen, out, progress=progress)
+        chosen = choose_soup(parsed, config.parent.resolve(), kind, listener=listener, notice=listener.notice)
+    with bytes_written() as progress:
+        write_soup(chosen, out, progress=progress, notice=warn)
     if as_json:
         print_json({"path": str(out), **chosen.to_json()})
-    else:
-        _show(chosen, out)
+        return
+    console.print(chosen.verdict, markup=False, soft_wrap=True)
+    if chosen.select is not None:
+        names = ("soup", chosen.chosen[0]) if chosen.select.gain else ("soup",)
+        scores = [
+            (name, _shown(score, 1.0, ".4f"))
+            for name, score in zip(names, chosen.select.scores, strict=False)
+        ]
+        console.print(simple_table(("model", "score on select"), scores))
+    if chosen.select is not None and chosen.select.gain is not None:
+        gain = _shown(chosen.select.gain.interval, 100.0, "+.1f")
+        line = f"The soup is {gain} points above {chosen.chosen[0]}, the best single source on search."
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(f"wrote {out}", markup=False, soft_wrap=True)
+
+
+def _shown(interval: Interval, factor: float, form: str) -> str:
+    """Return a mean with its 95 % interval, if it has one."""
+    mean = format(interval.mean * factor, form)
+    if interval.low is None or interval.high is None:
+        return mean
+    return f"{mean} [{interval.low * factor:{form}}, {interval.high * factor:{form}}]"
+
+
+COMMANDS = (soup,)

@@ -6,40 +6,29 @@ Every tensor of every model is read once, in turn; memory holds a few tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from evomerge.checkpoints.files import broken
-from evomerge.checkpoints.layout import layout_of
-from evomerge.checkpoints.source import Checkpoint
-from evomerge.checkpoints.tensors import first_non_finite
-from evomerge.errors import SourceError
-from evomerge.merging.locks import Attention, GroupDrift, Pair, attention_of, group_drifts, ratio
-from evomerge.records import Place
+from evomerge.merging.locks import GroupDrift, Pair, ratio
 
 LARGE_DRIFT = 0.1
-"""Drift of a part, relative to the base's norm, above which it is large. Fine-tuning stays below, alike in all
-parts; continued pre-training does not, and there few entries can stand for a whole delta (DARE)."""
+"""Drift of a part, relative to the base's norm, above which it is large. Fine-tuning stays below, alike in
+all parts; continued pre-training does not, and there few entries can stand for a whole delta (DARE)."""
 
 REPLACED_DRIFT = 1.0
 """Drift above which nothing of the base's part need be left: unrelated matrices of one norm give 1.41, the
 sides of a random change of basis 0.8 to 3."""
 
 UNRELATED_COSINE = 0.2
-"""Cosine with the base's weights below which matrices are unrelated: independent ones give 0 up to the root of
-their number of entries, while a delta of as much as the base's own norm still gives 0.7."""
+"""Cosine with the base's weights below which matrices are unrelated: independent ones give 0 up to the root
+of their number of entries, while a delta of as much as the base's own norm still gives 0.7."""
 
 Verdict = Literal["fits", "large drift", "locked", "unaligned", "not finite"]
 
-_LEAVES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}
 _ATTENTION = ("q", "k", "v", "o", "attention")
 _MATRICES = (*_ATTENTION, "mlp", "embedding", "head")
 _PARTS = (*_MATRICES, "attention bias", "attention norm", "norm", "other")
-_BLOCK = 1 << 16  # entries of each model in float64 at a time: half a megabyte
 
 Progress = Callable[[int, int], None]
 
@@ -162,8 +151,8 @@ class SourceDrift:
         if all(cosine is not None and cosine < UNRELATED_COSINE for cosine in cosines):
             figures = " and ".join(f"{cosine:.2f}" for cosine in cosines)
             return "unaligned", (
-                f"attention and mlp have cosines of {figures} with the base's weights: another initialisation, "
-                "or units in another order; a merge will fail"
+                f"attention and mlp have cosines of {figures} with the base's weights: another "
+                "initialisation, or units in another order; a merge will fail"
             )
         locked = [f"{pair}: {_locked(drift)}" for pair, drift in self.products.items() if drift.locked]
         if locked:
@@ -230,118 +219,46 @@ class Inspection:
         }
 
 
-def inspect_sources(
-    checkpoints: Mapping[str, Checkpoint],
-    base: str | None = None,
-    *,
-    all_products: bool = True,
-    progress: Progress = lambda done, total: None,
-) -> Inspection:
-    """Compare sources with their base, tensor by tensor.
-
-    Args:
-        checkpoints: Name to checkpoint, of one architecture.
-        base: Name of the base among them; None: the first of them.
-        all_products: Whether the products of all attention heads are compared, which costs more than reading
-            them; else only those of layers whose attention drifts more than `LARGE_DRIFT`.
-        progress: Called with bytes of the base compared and bytes in all.
-
-    Raises:
-        SourceError: A checkpoint is broken, the base holds NaN or infinity, or a source has no float tensor
-            of the same name and shape.
-    """
-    base = next(iter(checkpoints)) if base is None else base
-    comparison = _Comparison(base, checkpoints, all_products)
-    total, done = checkpoints[base].nbytes, 0
-    for unit in comparison.units():
-        comparison.add(unit)
-        done += sum(checkpoints[base].tensors[place.name].nbytes for place in unit.places)
-        progress(done, total)
-    return comparison.result()
+def _locked(drift: ProductDrift) -> str:
+    return (
+        f"in {drift.locked} of {drift.groups} groups of heads weights drift up to {drift.locked_raw:.2f} "
+        f"and their products {drift.locked_product:.2g}"
+    )
 
 
-def check_sources(
-    checkpoints: Mapping[str, Checkpoint], base_name: str | None = None, progress: Progress = lambda *_: None
-) -> list[str]:
-    """Return one line for each source that a merge is likely to fail with, for one read of all models.
-
-    Args:
-        checkpoints: Name to checkpoint, of one architecture.
-        base_name: Name of the base among them; None: the first of them.
-        progress: Called with bytes of the base compared and bytes in all.
-
-    Raises:
-        SourceError: As for `inspect_sources`.
-    """
-    if len(checkpoints) < 2:
-        return []
-    return inspect_sources(checkpoints, base_name, all_products=False, progress=progress).warnings()
+def _span(drifts: Mapping[str, float]) -> str:
+    if not drifts:
+        return "no matrices to compare"
+    return f"relative drift {min(drifts.values()):.2g} to {max(drifts.values()):.2g}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Unit:
-    """Tensors that are read together: the factors of an attention product in their order, or one tensor."""
+def _large(drifts: Mapping[str, float]) -> str:
+    large = [f"{part} {drift:.2f}" for part, drift in drifts.items() if drift > LARGE_DRIFT]
+    replaced = any(drift > REPLACED_DRIFT for drift in drifts.values())
+    advice = "; some of it is replaced rather than tuned" if replaced else ""
+    return f"{', '.join(large)}: more than fine-tuning; dropping entries at random is risky{advice}"
 
-    places: tuple[Place, ...]
-    pair: Pair | None = None
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
 
 
-class _Comparison:
-    """The sums of one inspection, tensor after tensor."""
+def _part_json(drift: PartDrift) -> dict[str, Any]:
+    return {
+        "relative": _finite(drift.relative),
+        "cosine": _finite(drift.cosine),
+        "entries": drift.entries,
+        "changed": drift.changed,
+        "largest": _finite(drift.largest),
+        "largest_tensor": drift.largest_name,
+    }
 
-    def __init__(self, base: str, checkpoints: Mapping[str, Checkpoint], all_products: bool) -> None:
-        self.base = base
-        self.models = [checkpoints[base], *(found for name, found in checkpoints.items() if name != base)]
-        self.sources = [SourceDrift(name) for name in checkpoints if name != base]
-        self.layout = layout_of(checkpoints[base])
-        count = self.layout.num_layers
-        known = [attention_of(model, count) for model in self.models]
-        self.attention = known[0] if all(one == known[0] for one in known) else None
-        self.all_products = all_products
-        self.deltas: dict[str, Tensor] = {}
-        for source, model in zip(self.sources, self.models[1:], strict=True):
-            source.skipped = sorted(model.tensors.keys() - self.models[0].tensors.keys())
 
-    def units(self) -> Iterator[_Unit]:
-        """Yield all tensors of the base, in an order in which those of one product come together."""
-        left = dict(self.layout.places)
-        while left:
-            name = next(iter(left))
-            unit = self._unit(left, name)
-            for place in unit.places:
-                del left[place.name]
-            yield unit
-
-    def _unit(self, left: Mapping[str, Place], name: str) -> _Unit:
-        prefix, found, _ = name.rpartition("self_attn.")
-        alone = _Unit((left[name],))
-        if self.attention is None or not found or left[name].layer is None:
-            return alone
-        for pair, leaves in (("vo", ("v_proj", "o_proj")), ("qk", ("q_proj", "k_proj", "q_norm", "k_norm"))):
-            names = [f"{prefix}self_attn.{leaf}.weight" for leaf in leaves]
-            if name not in names:
-                continue
-            there = [factor for factor in names if factor in left]
-            shapes = [self.models[0].tensors[factor].shape for factor in there]
-            if len(there) in (2, 4) and there[:2] == names[:2] and self.attention.fits(pair, shapes):
-                return _Unit(tuple(left[factor] for factor in there), pair)
-        return alone
-
-    def add(self, unit: _Unit) -> None:
-        """Compare the tensors of a unit, and their products."""
-        read = [self._read(place) for place in unit.places]
-        whole = [all(there[source] for _, there in read) for source in range(len(self.sources))]
-        if unit.pair is None or self.attention is None or not any(whole):
-            return
-        layer = unit.places[0].layer
-        drifting = max(
-            (drift for source in self.sources for drift in self._drifts(source, unit)), default=0.0
-        )
-        if layer is None or not (self.all_products or drifting > LARGE_DRIFT):
-            return
-        chosen = [0, *(number + 1 for number, there in enumerate(whole) if there)]
-        models = [[tensors[number] for tensors, _ in read] for number in chosen]
-        for number, drifts in zip(
-            chosen[1:], group_drifts(self.attention, unit.pair, models, layer), strict=True
-        ):
-            self.sources[number - 1].products.setdefault(unit.pair, ProductDrift()).add(layer, drifts)
+def _product_json(drift: ProductDrift) -> dict[str, Any]:
+    return {
+        "relative": _finite(drift.relative),
+        "groups": drift.groups,
+        "locked": drift.locked,
+        "largest": _finite(drift.largest),
+        "largest_place": drift.largest_place,
+    }

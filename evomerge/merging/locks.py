@@ -40,8 +40,8 @@ _FULLY_ROTARY = (
     *("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
     *("gemma", "gemma2", "gemma3", "gemma3_text", "granite", "smollm3"),
 )
-"""Model types with projections of their own for q, k, v and o, dimensions i and i + size / 2 of a head rotated
-together, and norms of queries and keys, if any, for each head."""
+"""Model types with q, k, v and o projections of their own, whose rotation turns dimensions i and i + size / 2
+of a head together, with norms of queries and keys, if any, for each head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ def group_drifts(
 def _factors(
     attention: Attention, pair: Pair, tensors: Sequence[Tensor], group: int
 ) -> tuple[Tensor, Tensor]:
-    """Return what a group has of each factor: (heads, size, hidden) of o or q, and (size, hidden) of v or k."""
+    """Return a group's part of each factor: (heads, size, hidden) of o or q, and (size, hidden) of v or k."""
     size, shared = attention.size, attention.heads // attention.groups
     wide = slice(group * shared * size, (group + 1) * shared * size)
     narrow = slice(group * size, (group + 1) * size)
