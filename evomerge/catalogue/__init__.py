@@ -13,11 +13,17 @@ from evomerge.catalogue.spectral import SPECTRAL
 from evomerge.catalogue.thinned import THINNED
 from evomerge.errors import RecipeError, nearest
 
-__all__ = ["CATALOGUE", "Method", "Parameter", "Scope", "method_named"]
+__all__ = ["CATALOGUE", "FAMILIES", "Method", "Parameter", "Scope", "method_named"]
 
-CATALOGUE: dict[str, Method] = {
-    method.name: method for method in (*AVERAGES, *THINNED, *ELEMENTWISE, *REINFORCED, *SPECTRAL)
+FAMILIES: dict[str, tuple[Method, ...]] = {
+    "averages": AVERAGES,
+    "thinned deltas": THINNED,
+    "entry by entry": (*ELEMENTWISE, *REINFORCED),
+    "spectral": SPECTRAL,
 }
+"""The methods by kind, as they are listed for people."""
+
+CATALOGUE: dict[str, Method] = {method.name: method for family in FAMILIES.values() for method in family}
 
 
 def method_named(name: str) -> Method:

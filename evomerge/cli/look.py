@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from evomerge.cli.options import JsonOption, StoreOption, open_store, result_folder
+
+if TYPE_CHECKING:
+    from evomerge.catalogue import Method
 
 RunArgument = Annotated[str, typer.Argument(help="Name of the run.", show_default=False)]
 
@@ -171,25 +174,62 @@ def report(
         typer.echo(write_report(view, target))
 
 
-def methods(as_json: JsonOption = False) -> None:
-    """List the merge methods with their parameters, ranges, defaults and papers."""
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this one in full.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the merge methods, or show one with its parameters, ranges, defaults and notes."""
     from dataclasses import asdict
 
-    from evomerge.catalogue import CATALOGUE
+    from evomerge.catalogue import CATALOGUE, FAMILIES, method_named
     from evomerge.cli.display import console, print_json, simple_table
 
+    chosen = [method_named(name)] if name else list(CATALOGUE.values())
     if as_json:
-        print_json([asdict(method) for method in CATALOGUE.values()])
-        return
+        print_json([asdict(method) for method in chosen])
+    elif name:
+        _show_method(chosen[0])
+    else:
+        for family, members in FAMILIES.items():
+            rows = [(method.name, method.title, _takes(method), method.paper) for method in members]
+            console.print(simple_table((family, "what", "takes", "paper"), rows))
+        console.print("`evomerge methods NAME` shows parameters, ranges, defaults and notes.", markup=False)
+
+
+def _takes(method: Method) -> str:
+    """Return what a method needs, in a few words."""
+    base = {"required": "base and ", "none": "", "optional": "base or none, and "}[method.base]
+    low, high = method.min_sources, method.max_sources
+    count = str(low) if low == high else f"{low} or more" if high is None else f"{low} to {high}"
+    return f"{base}{count}"
+
+
+def _show_method(method: Method) -> None:
+    from evomerge.cli.display import console, simple_table
+
+    flags = [
+        ("its order of sources has a meaning", method.ordered),
+        ("looks at the whole model", method.whole_model),
+        ("draws at random", method.random),
+        ("mergekit has it too", method.mergekit),
+    ]
+    lines = [
+        f"{method.name}: {method.title}",
+        f"paper: {method.paper}",
+        f"sources: {_takes(method)}",
+        f"also: {', '.join(text for text, holds in flags if holds)}",
+        f"notes: {method.notes}",
+        f"not verified: {method.unverified}",
+    ]
+    for line in lines:
+        if line.partition(": ")[2]:
+            console.print(line, markup=False, soft_wrap=True)
     rows = []
-    for method in CATALOGUE.values():
-        needs = {"required": "base", "none": "no base", "optional": "base optional"}[method.base]
-        rows.append((method.name, f"{method.title} ({needs})", "", "", method.paper))
-        for p in method.parameters:
-            span = ", ".join(str(c).lower() for c in p.choices) or f"{p.low:g} to {p.high:g}"
-            default = "required" if p.default is None else str(p.default).lower()
-            rows.append(("", f"  {p.name} (per {p.scope}): {p.doc}", span, default, ""))
-    console.print(simple_table(("method", "what", "search range", "default", "paper"), rows))
+    for p in method.parameters:
+        span = ", ".join(str(c).lower() for c in p.choices) or f"{p.low:g} to {p.high:g}"
+        default = "required" if p.default is None else str(p.default).lower()
+        rows.append((p.name, f"each {p.scope}" if p.scope == "source" else "method", default, span, p.doc))
+    console.print(simple_table(("parameter", "of", "default", "search range", "what"), rows))
 
 
 COMMANDS = (runs, show, watch, recipe, report, methods)

@@ -24,6 +24,9 @@ def merge(
     device: Annotated[
         str, typer.Option("--device", help="Where tensors are merged: cpu, cuda, cuda:1.")
     ] = "cpu",
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare the sources first; reads them once more.")
+    ] = False,
     shard_size: Annotated[
         str, typer.Option("--shard-size", help="Largest weight file, such as 500MB or 5GB.")
     ] = "4GiB",
@@ -39,10 +42,15 @@ def merge(
         parsed = parsed.model_copy(update={"dtype": dtype})
     largest = byte_count(shard_size, "--shard-size")
     check_target(out)
+    from evomerge.merging.inspection import check_sources
     from evomerge.merging.stream import check_device, open_sources, write_model
 
     check_device(device)
     opened = open_sources(parsed, recipe.parent.resolve(), warn)
+    if check and not parsed.slices and parsed.tokenizer is None:
+        with bytes_written("checking") as progress:
+            for line in check_sources(opened, progress=progress):
+                warn(line)
     texts = {"recipe.yaml": parsed.located(recipe.parent.resolve()).to_yaml()}
     with bytes_written() as progress:
         try:

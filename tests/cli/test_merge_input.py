@@ -149,12 +149,32 @@ def test_sources_of_other_depths_need_slices(
     assert Checkpoint.open(Path("out")).config["num_hidden_layers"] == 2
 
 
-def test_options_of_a_merge(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_a_merge(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("recipe.yaml").write_text(yaml.safe_dump({"method": "linear", "sources": two()}))
-    options = ["--dtype", "bfloat16", "--shard-size", "5kB", "--device", "cpu"]
+    options = ["--dtype", "bfloat16", "--shard-size", "5kB", "--device", "cpu", "--check"]
     monkeypatch.setattr(sys, "argv", ["evomerge", "merge", "recipe.yaml", "out", *options])
     with pytest.raises(SystemExit) as raised:
         main()
     assert not raised.value.code
     assert len(list(Path("out").glob("model-*.safetensors"))) > 1
     assert Checkpoint.open(Path("out")).torch_dtype == "bfloat16"
+    assert '"b" unaligned: attention and mlp' in capsys.readouterr().err
+
+
+def test_one_method_in_full_and_all_in_short(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, words in (
+        (["methods", "della"], ("epsilon", "arXiv 2406.11617", "draws at random")),
+        (["methods"], ("spectral", "tsv_m", "dare_ties", "base and 1 or more")),
+        (["methods", "ties", "--json"], ('"whole_model": true',)),
+    ):
+        monkeypatch.setattr(sys, "argv", ["evomerge", *arguments])
+        with pytest.raises(SystemExit) as raised:
+            main()
+        assert not raised.value.code
+        out = capsys.readouterr().out
+        assert all(word in out for word in words)
+    assert 'did you mean "della"' in refused(monkeypatch, capsys, "methods", "dela")
