@@ -63,8 +63,7 @@ class Plan:
         self.config = config
         self.base_dir = base_dir
         self.checkpoints = {
-            ref.name: open_checkpoint(ref.path, ref.revision, base_dir)
-            for ref in config.sources.all
+            ref.name: open_checkpoint(ref.path, ref.revision, base_dir) for ref in config.sources.all
         }
         self.warnings: list[str] = list(check_compatible(self.checkpoints))
         self.layout: Layout = layout_of(next(iter(self.checkpoints.values())))

@@ -100,7 +100,10 @@ def test_dare_rescales_to_the_norm_unless_told_otherwise(rescale, expected):
         ({"models": [3]}, "models: expected a list of mappings with a model each"),
         ({"models": [{"modle": "a"}]}, 'models.0: unknown key "modle"; did you mean "model"?'),
         ({"models": [{}]}, "models.0: expected a path or hub id, got None"),
-        ({"models": [{"model": {"model": "a", "override_architecture": "b"}}]}, "models.0: override_architecture: not"),
+        (
+            {"models": [{"model": {"model": "a", "override_architecture": "b"}}]},
+            "models.0: override_architecture: not",
+        ),
         ({"merge_method": "slerp", "base_model": None}, "base_model: missing; method slerp starts at"),
         ({"merge_method": "sce", "parameters": {"select_topk": "x"}}, "parameters.select_topk: expected a"),
         ({"parameters": {"rescale": True}}, "parameters.rescale: not supported; False is, got True"),

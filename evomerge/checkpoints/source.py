@@ -154,7 +154,7 @@ class Checkpoint:
         return view
 
     def is_stored(self, name: str) -> bool:
-        """Whether `tensor(name)` is a view of a file, which costs no memory; else it is computed each time."""
+        """Whether `tensor(name)` is a view of a file, which costs no memory; else it is computed anew."""
         return name in self._stored
 
     def scan_finite(self) -> None:

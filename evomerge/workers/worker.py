@@ -37,10 +37,7 @@ class Worker:
         torch.set_num_threads(spec.threads)
         self._spec = spec
         base_dir = Path(spec.base_dir)
-        opened = {
-            ref.name: open_checkpoint(ref.path, ref.revision, base_dir)
-            for ref in spec.sources
-        }
+        opened = {ref.name: open_checkpoint(ref.path, ref.revision, base_dir) for ref in spec.sources}
         for checkpoint in opened.values():
             checkpoint.scan_finite()
         device = spec.device
