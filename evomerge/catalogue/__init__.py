@@ -35,4 +35,5 @@ def method_named(name: str) -> Method:
     try:
         return CATALOGUE[name]
     except KeyError:
-        raise RecipeError(f'unknown merge method "{name}"{nearest(name, CATALOGUE)}') from None
+        hint = nearest(name, CATALOGUE) or "; `evomerge methods` lists them"
+        raise RecipeError(f'unknown merge method "{name}"{hint}') from None

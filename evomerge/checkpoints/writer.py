@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import math
 import os
+import platform
 import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+import psutil
 import torch
 
 from evomerge.checkpoints.files import one_line
@@ -73,7 +76,7 @@ class Writer:
     ) -> None:
         check_target(target)
         self._target = target.absolute()
-        self._folder = self._target.with_name(f".{target.name}.partial-{os.getpid()}")
+        self._folder = partial_of(self._target)
         self._plan = {name: (dtype, tuple(shape)) for name, dtype, shape in plan}
         if len(self._plan) < len(plan) or any(dtype not in DTYPES for _, dtype, _ in plan):
             raise ValueError("the plan names a tensor twice or has a dtype that cannot be written")
@@ -83,8 +86,7 @@ class Writer:
         self._written: list[Path] = []
         with self._one_line():
             self._check_space()
-            # Ours to remove: no other live process has this id.
-            shutil.rmtree(self._folder, ignore_errors=True)
+            _remove_stale(self._target)
             self._folder.mkdir()
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -223,6 +225,19 @@ class Writer:
             },
             "weight_map": {name: shard.name for name, shard in self._shard_of.items()},
         }
+
+
+def partial_of(target: Path) -> Path:
+    """Return the name under which this process writes a folder."""
+    return target.with_name(f".{target.name}.partial-{platform.node()}-{os.getpid()}")
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove what killed processes of this machine left of the same target."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.partial-{glob.escape(platform.node())}-*"):
+        number = path.name.rpartition("-")[2]
+        if number.isdigit() and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def check_target(target: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import typer
@@ -46,9 +47,20 @@ def _main(
     del version
 
 
+_INTERRUPTED = 130
+
+
+def _ended(number: int, frame: object) -> None:
+    """Leave as on Ctrl-C, so that half-written output is removed."""
+    del frame
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Run the command line. Exit code 2: the user can mend it; 1: our own fault; 130: interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _ended)
     try:
         app()
     except (UserError, LostRunError) as problem:
@@ -56,7 +68,11 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("evomerge: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            print("evomerge: interrupted", file=sys.stderr)
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

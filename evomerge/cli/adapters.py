@@ -16,7 +16,11 @@ def merge_adapters(
     out: OutArgument,
     as_json: JsonOption = False,
 ) -> None:
-    """Merge LoRA adapters of one base, or extract one from a fine-tuned model, as a PEFT directory."""
+    """Merge LoRA adapters of one base, or extract one from a fine-tuned model, as a PEFT directory.
+
+    Keys of the file: `method`, `dtype`; for `sum` adapters, base, rank; for `lego` adapters, base, rank, seed,
+    reweight; for `rmm` adapters, base, components; for `extract` base, model, rank, modules.
+    """
     from evomerge.catalogue.adapters import read_settings
     from evomerge.checkpoints.writer import check_target
     from evomerge.cli.display import print_json

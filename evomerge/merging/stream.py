@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +16,6 @@ from evomerge.checkpoints.aligned import align
 from evomerge.checkpoints.layout import Layout, check_compatible, layout_of
 from evomerge.checkpoints.opening import open_checkpoint
 from evomerge.checkpoints.source import Checkpoint
-from evomerge.checkpoints.tensors import first_non_finite
 from evomerge.checkpoints.writer import DTYPES as WRITABLE
 from evomerge.checkpoints.writer import MAX_SHARD_BYTES, PlanEntry, Writer, check_target
 from evomerge.errors import CandidateError, SourceError, UserError
@@ -92,7 +91,7 @@ def write_model(
         target: The directory to make; it must not exist.
         texts: More files by name, such as a model card.
         progress: Called with bytes written and bytes in all.
-        notice: Called with each line about the vocabulary that the reader should know.
+        notice: Called with each line about vocabulary or rules that the reader should know.
         device: Where tensors are merged.
         max_shard_bytes: Largest weight file; a larger tensor gets a file of its own.
 
@@ -112,12 +111,15 @@ def write_model(
     by_identity = {ref.identity: checkpoints[ref.name] for ref in recipe.refs}
     merger = Merger(by_identity, layout_of(reference), device=device, budget_bytes=0)
     plan = _plan(recipe, checkpoints, merger)
+    for line in _unmatched(recipe, merger.outputs(recipe)):
+        notice(line)
     total = sum(_nbytes(entry) for entry in plan)
     done = 0
     with Writer(target, plan=plan, max_shard_bytes=max_shard_bytes) as writer, _Behind(writer) as behind:
         for entry in plan:
+            _check_inputs(merger.outputs(recipe)[entry[0]], checkpoints)
             merged = merger.merge(recipe, entry[0])
-            _check_finite(merged, recipe, merger.outputs(recipe)[entry[0]], checkpoints)
+            _check_result(merged, entry[0], recipe)
             behind.add(entry[0], merged)
             done += _nbytes(entry)
             progress(done, total)
@@ -170,24 +172,36 @@ def _nbytes(entry: PlanEntry) -> int:
     return math.prod(entry[2]) * WRITABLE[entry[1]].itemsize
 
 
-def _check_finite(
-    merged: Tensor, recipe: Recipe, output: Output, checkpoints: Mapping[str, Checkpoint]
-) -> None:
-    """Raise the reason if a merged tensor holds NaN or infinity."""
-    name = output.place.name
-    if all_finite(merged):
-        return
-    for source, stored in output.inputs.items():
+def _check_inputs(output: Output, checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Raise SourceError if a source's tensor holds NaN or infinity, which a method may well drop."""
+    for source, name in output.inputs.items():
         checkpoint = checkpoints[source]
-        if first_non_finite([(stored, checkpoint.tensor(stored))]) is not None:
-            problem = f'tensor "{stored}" holds NaN or infinity; the checkpoint is damaged'
+        if checkpoint.is_stored(name) and not all_finite(checkpoint.tensor(name).contiguous()):
+            problem = f'tensor "{name}" holds NaN or infinity; the checkpoint is damaged'
             raise SourceError(f"{checkpoint.path}: {problem}")
-    dtype = str(merged.dtype).removeprefix("torch.")
-    raise CandidateError(
-        f'{name}: the merged values exceed what {dtype} can hold; use smaller weights, or "dtype: bfloat16"'
-        if recipe.dtype != "bfloat16"
-        else f"{name}: the merged values exceed what {dtype} can hold; use smaller weights"
-    )
+
+
+def _check_result(merged: Tensor, name: str, recipe: Recipe) -> None:
+    """Raise CandidateError if a merged tensor is more than its dtype can hold."""
+    if not all_finite(merged):
+        dtype = str(merged.dtype).removeprefix("torch.")
+        other = "" if recipe.dtype == "bfloat16" else ', or "dtype: bfloat16"'
+        raise CandidateError(
+            f"{name}: the merged values exceed what {dtype} can hold; use smaller weights{other}"
+        )
+
+
+def _unmatched(recipe: Recipe, outputs: Mapping[str, Output]) -> Iterator[str]:
+    """Yield a line for each rule that is for no tensor."""
+    places = [output.place for output in outputs.values()]
+    settings = [("parameters", recipe.parameters)]
+    settings += [(f"sources.{source.name}.parameters", source.parameters) for source in recipe.sources]
+    for where, owner in settings:
+        for name, rules in owner.items():
+            for rule in rules:
+                if not rule.general and not any(rule.applies(place) for place in places):
+                    wanted = ", ".join(str(part) for part in (rule.role, rule.match) if part is not None)
+                    yield f'{where}.{name}: no tensor is "{wanted}"; this rule does nothing'
 
 
 def _shape(output: Output, checkpoints: Mapping[str, Checkpoint]) -> tuple[int, ...]:

@@ -119,4 +119,5 @@ def _elected(pieces: Sequence[Tensor], weights: Sequence[float], election: Elect
     if election.divides:
         divisor = _sum([torch.where(t > 0, w, 0.0).float() for t, w in zip(turned, weights, strict=True)])
         merged /= torch.where(divisor.abs() >= SMALLEST_DIVISOR, divisor, 1.0)
-    return (merged.view(torch.int32) ^ sign).view(torch.float32)
+    elected = (merged.view(torch.int32) ^ sign).view(torch.float32)
+    return torch.where(vote.isnan(), vote, elected)  # what has no sign must not vanish

@@ -30,26 +30,20 @@ def estimate(config: RunConfig, base_dir: Path) -> dict[str, Any]:
     first = next(iter(plan.checkpoints.values()))
     source_bytes = sum(checkpoint.nbytes for checkpoint in plan.checkpoints.values())
     state = plan.space.method.state_bytes * first.num_parameters * len(config.sources.models)
-    resident = source_bytes if config.workers.device == "cuda" else 0
-    cap = config.workers.memory_gib
-    capped = cap is not None and cap * 2**30 < state + resident
-    memory = first.nbytes + (cap * 2**30 if cap is not None and capped else state + resident)
+    kept = state + (source_bytes if config.workers.device == "cuda" else 0)
+    budget = kept if config.workers.memory_gib is None else config.workers.memory_gib * 2**30
+    memory = first.nbytes + min(kept, budget)
     counts = {
         split: sum(len(ids) for ids in plan.document_sets().get(split, {}).values())
         for split in ("search", "select", "test")
     }
     scored = (config.fitness.resample or 0) * len(plan.rules) or counts["search"]
-    tokens = scored * _tokens_per_document(plan)
-    flops = 2.0 * first.num_parameters * tokens
+    seconds = _seconds(plan, scored, first.num_parameters, source_bytes)
     cores = config.workers.cpus
-    seconds = {
-        "cpu": flops / (CPU_FLOPS_PER_CORE * cores) + source_bytes / BYTES_PER_SECOND["cpu"],
-        "cuda": flops / GPU_FLOPS + source_bytes / BYTES_PER_SECOND["cuda"],
-    }
     count = config.workers.count
     workers = max(1, int((os.cpu_count() or 1) / cores)) if count == "auto" else count
     total = {device: value * config.budget.evaluations / workers for device, value in seconds.items()}
-    per_task = {name: f"{rule.metric} of {name}, weight {rule.weight:g}" for name, rule in plan.rules.items()}
+    per_task = [f"{rule.metric} of {name}, weight {rule.weight:g}" for name, rule in plan.rules.items()]
     summary = {
         "run": config.name,
         "sources": ", ".join(plan.refs),
@@ -57,12 +51,12 @@ def estimate(config: RunConfig, base_dir: Path) -> dict[str, Any]:
         f"{first.num_parameters:,} parameters",
         "space": f"{config.space.method}, {len(plan.space.dimensions)} dimensions",
         "optimizer": config.optimizer.name,
-        "fitness": config.fitness.function or "; ".join(per_task.values()),
+        "fitness": config.fitness.function or "; ".join(per_task),
         "documents": ", ".join(f"{n} {split}" for split, n in counts.items()),
         "candidates": f"{config.budget.evaluations} searched after {len(plan.seeded)} baselines and starts",
         "memory per worker": f"{memory / 2**30:.2f} GiB, and {source_bytes / 2**30:.2f} GiB of mapped files",
         "prepared state": f"{state / 2**30:.2f} GiB"
-        + ("; what workers.memory_gib leaves out is made again for each candidate" if capped else ""),
+        + ("; what workers.memory_gib leaves out is made again for each candidate" if budget < kept else ""),
         "rough time of the search": f"{_hours(total['cpu'])} on CPUs, {_hours(total['cuda'])} on GPUs, "
         f"{workers} worker{'s' if workers != 1 else ''}",
     }
@@ -77,6 +71,16 @@ def estimate(config: RunConfig, base_dir: Path) -> dict[str, Any]:
         "memory_bytes": memory,
         "source_bytes": source_bytes,
         "seconds_per_candidate": seconds,
+    }
+
+
+def _seconds(plan: Plan, documents: int, parameters: int, source_bytes: int) -> dict[str, float]:
+    """Return rough seconds for one candidate by device: bytes merged, then tokens forwarded."""
+    flops = 2.0 * parameters * documents * _tokens_per_document(plan)
+    cpu = CPU_FLOPS_PER_CORE * plan.config.workers.cpus
+    return {
+        "cpu": flops / cpu + source_bytes / BYTES_PER_SECOND["cpu"],
+        "cuda": flops / GPU_FLOPS + source_bytes / BYTES_PER_SECOND["cuda"],
     }
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from evomerge.checkpoints.source import Checkpoint
 from evomerge.checkpoints.tokenizer import copy_tokenizer
-from evomerge.checkpoints.writer import Writer, check_target
+from evomerge.checkpoints.writer import Writer, check_target, partial_of
 from evomerge.errors import UserError
 from tests.checkpoints.tiny import FAMILIES, make_llama, make_model
 
@@ -114,7 +114,7 @@ def test_non_contiguous_tensor_is_written_by_value(tmp_path: Path) -> None:
 def test_leaving_without_commit_leaves_nothing(tmp_path: Path) -> None:
     with Writer(tmp_path / "out", PLAN) as writer:
         writer.add("a", TENSORS["a"])
-        assert left(tmp_path) == [f".out.partial-{os.getpid()}"]
+        assert left(tmp_path) == [partial_of(tmp_path / "out").name]
     assert left(tmp_path) == []
     with pytest.raises(ValueError, match="not in the plan"), Writer(tmp_path / "out", PLAN) as writer:
         writer.add("z", TENSORS["a"])
@@ -122,13 +122,19 @@ def test_leaving_without_commit_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_remains_of_a_dead_process_are_replaced(tmp_path: Path) -> None:
-    stale = tmp_path / f".out.partial-{os.getpid()}"
-    stale.mkdir()
-    (stale / "junk").write_text("x")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    own, other = partial_of(tmp_path / "out"), partial_of(tmp_path / "else")
+    stale = own.with_name(own.name.replace(str(os.getpid()), str(dead.pid)))
+    alive = own.with_name(own.name.replace(str(os.getpid()), str(os.getppid())))
+    for folder in (own, stale, alive, other):
+        folder.mkdir()
+        (folder / "junk").write_text("x")
     with Writer(tmp_path / "out", []) as writer:
         writer.add_text("a.txt", "ä")
         writer.commit()
     assert left(tmp_path / "out") == ["a.txt"]
+    assert set(left(tmp_path)) == {"out", alive.name, other.name}
 
 
 def test_misuse_is_a_value_error(tmp_path: Path) -> None:

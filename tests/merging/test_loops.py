@@ -174,6 +174,18 @@ def test_one_number_that_is_none_is_found(bad: float, dtype: torch.dtype, thread
         assert not loops.all_finite(spoilt)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("module", [thinned, torched], ids=["compiled", "torched"])
+def test_number_that_is_none_does_not_vanish_in_a_vote(module: Any, bad: float) -> None:
+    base, *tensors = (numbers(torch.float32, i, 100) for i in range(4))
+    tensors[1][50] = bad
+    for election in (Election(False), Election(True), Election(True, True)):
+        out = torch.empty(100)
+        everything: list[Keep] = [Band(0.5, ALL_ABOVE)] * 3
+        module.merge_thinned(base, tensors, everything, (0.5,) * 3, election, 1.0, out)
+        assert out.isfinite().logical_not().nonzero().tolist() == [[50]]
+
+
 def test_tensors_that_are_not_contiguous_are_refused() -> None:
     turned = torch.zeros(4, 3).T
     with pytest.raises(RuntimeError, match="view"):

@@ -218,19 +218,28 @@ def test_source_of_a_relative_path_lies_beside_the_recipe(
         open_sources(relative, tmp_path)
 
 
+@pytest.mark.parametrize("method", ["linear", "ties", "breadcrumbs", "dare_ties"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_source_with_a_value_that_is_no_number_is_named(
-    bad: float, tmp_path: Path, checkpoints: dict[str, Checkpoint]
+    bad: float, method: str, tmp_path: Path, checkpoints: dict[str, Checkpoint]
 ) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     folder = make_llama(tmp_path / "bad", seed=9)
     tensors = load_file(folder / "model.safetensors")
     tensors[name][3, 5] = bad
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    pair = {"a": checkpoints["a"], "b": Checkpoint.open(folder)}
+    pair = {"base": checkpoints["base"], "a": checkpoints["a"], "b": Checkpoint.open(folder)}
     with pytest.raises(SourceError, match=f'bad: tensor "{name}" holds NaN or infinity'):
-        write_model(usual("linear", pair), pair, tmp_path / "out")
+        write_model(usual(method, pair), pair, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_rule_for_no_tensor_is_told(tmp_path: Path, checkpoints: dict[str, Checkpoint]) -> None:
+    rules = [{"match": "q_porj", "value": 0.1}, {"role": "mlp", "value": 0.2}, {"value": 0.3}]
+    notices: list[str] = []
+    recipe = recipe_of("linear", checkpoints, {"a": {"weight": rules}})
+    write_model(recipe, checkpoints, tmp_path / "out", notice=notices.append)
+    assert notices == ['sources.a.parameters.weight: no tensor is "q_porj"; this rule does nothing']
 
 
 def test_merge_that_its_dtype_cannot_hold_is_refused(

@@ -236,6 +236,8 @@ def _combined(count: int, votes: bool, divides: bool) -> Any:
             return vote
         sign = tie if vote == _NOTHING else np.uint32(as_bits(vote) & _SIGN)
         merged = agreeing(pieces, sign)
+        if vote != vote:  # a number that is none has no sign, and must not vanish
+            return vote
         if divides:
             by = divisor(pieces, weights, sign)
             merged = merged / (by if abs(by) >= _SMALLEST else _UNIT)
