@@ -18,8 +18,8 @@ def merge_adapters(
 ) -> None:
     """Merge LoRA adapters of one base, or extract one from a fine-tuned model, as a PEFT directory.
 
-    Keys of the file: `method`, `dtype`; for `sum` adapters, base, rank; for `lego` adapters, base, rank, seed,
-    reweight; for `rmm` adapters, base, components; for `extract` base, model, rank, modules.
+    Keys of the file: `method` and `dtype`; for `sum` adapters, base, rank; for `lego` adapters, base, rank,
+    seed, reweight; for `rmm` adapters, base, components; for `extract` base, model, rank, modules.
     """
     from evomerge.catalogue.adapters import read_settings
     from evomerge.checkpoints.writer import check_target
