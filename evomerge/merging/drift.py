@@ -259,6 +259,8 @@ def _product_json(drift: ProductDrift) -> dict[str, Any]:
         "relative": _finite(drift.relative),
         "groups": drift.groups,
         "locked": drift.locked,
+        "locked_raw": _finite(drift.locked_raw),
+        "locked_product": _finite(drift.locked_product),
         "largest": _finite(drift.largest),
         "largest_place": drift.largest_place,
     }

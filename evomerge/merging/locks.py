@@ -90,10 +90,13 @@ def attention_of(checkpoint: Checkpoint, layers: int) -> Attention | None:
     if type(groups) is not int or groups < 1 or heads % groups or type(size) is not int or size % 2:
         return None
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rotary = config.get("no_rope_layers") or [1] * layers  # 1 where there is rotation, whatever the name says
+    unsaid = kind == "smollm3" and not config.get("no_rope_layers")  # its default leaves every fourth out
+    if unsaid or not isinstance(rope, Mapping) or not isinstance(rotary, list):
+        return None
     nested = [settings for settings in rope.values() if isinstance(settings, Mapping)]
     if any(settings.get("partial_rotary_factor", 1.0) != 1.0 for settings in (config, rope, *nested)):
         return None
-    rotary = config.get("no_rope_layers") or [1] * layers  # 1 where there is rotation, whatever the name says
     if len(rotary) != layers:
         return None
     offset = 1.0 if kind.startswith("gemma") else 0.0
