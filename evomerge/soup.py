@@ -17,7 +17,7 @@ from typing import Any, Literal
 from evomerge.checkpoints.card import Row, SourceCard, model_card, read_license
 from evomerge.checkpoints.source import Checkpoint
 from evomerge.config import RunConfig
-from evomerge.errors import CandidateError, FitnessError, RecipeError
+from evomerge.errors import CandidateError, FitnessError, RecipeError, SourceError
 from evomerge.fitness.scoring import Interval, Resampled, plain_rules
 from evomerge.fitness.selection import Gain
 from evomerge.merging.stream import open_sources, write_model
@@ -190,7 +190,7 @@ def write_soup(
     opened = open_sources(recipe)
     for ref in recipe.refs:
         if opened[ref.name].fingerprint != ref.fingerprint:
-            raise FitnessError(
+            raise SourceError(
                 f"source {ref.name} ({ref.path}) changed meanwhile; restore it and start again"
             )
     texts = {"recipe.yaml": recipe.to_yaml(), "README.md": _card(soup, target.name, recipe, opened)}

@@ -52,7 +52,10 @@ def soup(
         console.print(simple_table(("model", "score on select"), scores))
     if chosen.select is not None and chosen.select.gain is not None:
         gain = _shown(chosen.select.gain.interval, 100.0, "+.1f")
-        line = f"The soup is {gain} points above {chosen.chosen[0]}, the best single source on search."
+        shown = "" if chosen.select.gain.shown else ": not shown to be better"
+        line = (
+            f"gain on select over {chosen.chosen[0]}, the best single source on search: {gain} points{shown}"
+        )
         console.print(line, markup=False, soft_wrap=True)
     console.print(f"wrote {out}", markup=False, soft_wrap=True)
 
