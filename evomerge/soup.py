@@ -190,9 +190,7 @@ def write_soup(
     opened = open_sources(recipe)
     for ref in recipe.refs:
         if opened[ref.name].fingerprint != ref.fingerprint:
-            raise SourceError(
-                f"source {ref.name} ({ref.path}) changed meanwhile; restore it and start again"
-            )
+            raise SourceError(f"source {ref.name} ({ref.path}) changed meanwhile; restore it and start again")
     texts = {"recipe.yaml": recipe.to_yaml(), "README.md": _card(soup, target.name, recipe, opened)}
     mergekit = mergekit_yaml(recipe, opened)
     if mergekit is not None:
