@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -113,17 +113,8 @@ def write_model(
     plan = _plan(recipe, checkpoints, merger)
     for line in _unmatched(recipe, merger.outputs(recipe)):
         notice(line)
-    total = sum(_nbytes(entry) for entry in plan)
-    done = 0
-    with Writer(target, plan=plan, max_shard_bytes=max_shard_bytes) as writer, _Behind(writer) as behind:
-        for entry in plan:
-            _check_inputs(merger.outputs(recipe)[entry[0]], checkpoints)
-            merged = merger.merge(recipe, entry[0])
-            _check_result(merged, entry[0], recipe)
-            behind.add(entry[0], merged)
-            done += _nbytes(entry)
-            progress(done, total)
-        behind.finish()
+    with Writer(target, plan=plan, max_shard_bytes=max_shard_bytes) as writer:
+        _write_tensors(writer, plan, merger, recipe, checkpoints, progress)
         config = merged_config(reference.config, recipe, merger.layout)
         writer.add_json("config.json", vocabulary.config(config))
         generation = vocabulary.generation_config(reference)
@@ -133,6 +124,27 @@ def write_model(
         for name, text in (texts or {}).items():
             writer.add_text(name, text)
         return writer.commit()
+
+
+def _write_tensors(
+    writer: Writer,
+    plan: Sequence[PlanEntry],
+    merger: Merger,
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    progress: Callable[[int, int], None],
+) -> None:
+    total, done = sum(_nbytes(entry) for entry in plan), 0
+    outputs = merger.outputs(recipe)
+    with _Behind(writer) as behind:
+        for entry in plan:
+            _check_inputs(outputs[entry[0]], checkpoints)
+            merged = merger.merge(recipe, entry[0])
+            _check_result(merged, entry[0], recipe)
+            behind.add(entry[0], merged)
+            done += _nbytes(entry)
+            progress(done, total)
+        behind.finish()
 
 
 class _Behind:
