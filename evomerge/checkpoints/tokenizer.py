@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evomerge.checkpoints.files import broken, inside, read_json, show
-
-if TYPE_CHECKING:
-    from evomerge.checkpoints.writer import Writer
 
 VOCABULARY_FILES = (
     *("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"),
@@ -33,17 +30,6 @@ def tokenizer_files(folder: Path) -> list[Path]:
     """
     names = [name for name in (*VOCABULARY_FILES, *_OTHER_FILES) if (folder / name).is_file()]
     return [inside(folder, name) for name in sorted(names)]
-
-
-def copy_tokenizer(source: Path, writer: Writer) -> None:
-    """Copy the tokenizer files of checkpoint folder `source`, and nothing else, into a writer's folder.
-
-    Raises:
-        SourceError: A file is a symlink out of the folder.
-        UserError: A file cannot be written.
-    """
-    for path in tokenizer_files(source.resolve()):
-        writer.copy_file(path)
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:

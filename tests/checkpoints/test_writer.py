@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from evomerge.checkpoints.source import Checkpoint
-from evomerge.checkpoints.tokenizer import copy_tokenizer
+from evomerge.checkpoints.vocabulary import TargetVocabulary
 from evomerge.checkpoints.writer import Writer, check_target, partial_of
 from evomerge.errors import UserError
 from tests.checkpoints.tiny import FAMILIES, make_llama, make_model
@@ -40,7 +40,7 @@ def copy(checkpoint: Checkpoint, target: Path, **more: int) -> Path:
         for name in checkpoint.tensors:
             writer.add(name, checkpoint.tensor(name))
         writer.add_json("config.json", checkpoint.config)
-        copy_tokenizer(checkpoint.path, writer)
+        TargetVocabulary(checkpoint).write(writer)
         return writer.commit()
 
 
@@ -242,6 +242,6 @@ def test_only_tokenizer_files_are_copied(tmp_path: Path) -> None:
     for name in (*extra, "training_args.bin", "README.md", "optimizer.pt", "notes.txt"):
         (source / name).write_text(name)
     with Writer(tmp_path / "out", []) as writer:
-        copy_tokenizer(source, writer)
+        TargetVocabulary(Checkpoint.open(source)).write(writer)
         writer.commit()
     assert set(left(tmp_path / "out")) == extra | {"tokenizer.json", "tokenizer_config.json"}
