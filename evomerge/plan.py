@@ -79,6 +79,11 @@ class Plan:
             self.layout.num_layers,
         )
         self._check_space()
+        if config.fitness.racing and not self.optimizer().generational:
+            raise ConfigError(
+                f"fitness.racing: needs an optimizer with generations, such as cma_es; "
+                f"{config.optimizer.name} has none"
+            )
         self.optimizer()
         self.seeded = self._seeded()
         self._check_function()
