@@ -18,6 +18,7 @@ from evomerge.checkpoints.opening import open_checkpoint
 from evomerge.config import RunConfig
 from evomerge.errors import ConfigError, FitnessError, RecipeError, nearest
 from evomerge.fitness.scoring import TaskRule
+from evomerge.fitness.sharing import why_not_type
 from evomerge.fitness.tasks import TaskSet
 from evomerge.mergekit import read_any_recipe
 from evomerge.optimizers import Optimizer, create
@@ -88,6 +89,11 @@ class Plan:
         self.seeded = self._seeded()
         self._check_function()
         self.tasks = TaskSet(config.fitness, config.seed, base_dir) if config.fitness.tasks else None
+        if self.tasks and config.fitness.share_prefixes:
+            model = next(iter(self.checkpoints.values())).config
+            problem = why_not_type(model.get("text_config", model)["model_type"])
+            if problem:
+                self.warnings.append(f"fitness.share_prefixes: {problem}; every request is forwarded whole")
 
     def _check_function(self) -> None:
         """Look for the fitness callable without importing it, which may load torch."""
