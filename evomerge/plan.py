@@ -23,7 +23,7 @@ from evomerge.mergekit import read_any_recipe
 from evomerge.optimizers import Optimizer, create
 from evomerge.recipe import Recipe, SourceRef, parse_recipe
 from evomerge.records import SPLITS, DocumentSet, Genome
-from evomerge.spaces.parameter import ParameterSpace
+from evomerge.spaces.making import make_space
 from evomerge.strict import canonical_json, read_text
 from evomerge.workers.settings import WorkerSpec
 
@@ -71,7 +71,7 @@ class Plan:
             ref.name: ref.model_copy(update={"fingerprint": self.checkpoints[ref.name].fingerprint})
             for ref in config.sources.all
         }
-        self.space = ParameterSpace(
+        self.space = make_space(
             config.space,
             self._base(),
             [self.refs[ref.name] for ref in config.sources.models],

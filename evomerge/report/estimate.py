@@ -49,7 +49,7 @@ def estimate(config: RunConfig, base_dir: Path) -> dict[str, Any]:
         "sources": ", ".join(plan.refs),
         "family": f"{plan.layout.family}, {plan.layout.num_layers} layers, "
         f"{first.num_parameters:,} parameters",
-        "space": f"{config.space.method}, {len(plan.space.dimensions)} dimensions",
+        "space": f"{plan.space.title}, {len(plan.space.dimensions)} dimensions",
         "optimizer": config.optimizer.name,
         "fitness": config.fitness.function or "; ".join(per_task),
         "documents": ", ".join(f"{n} {split}" for split, n in counts.items()),

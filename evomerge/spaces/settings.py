@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from evomerge.catalogue import Parameter, method_named
-from evomerge.errors import RecipeError
+from evomerge.errors import RecipeError, nearest
 from evomerge.recipe import Dtype, Scalar, check_value
 from evomerge.records import Role
 from evomerge.strict import StrictModel
@@ -85,11 +85,11 @@ class SeedSpan(StrictModel):
     count: int = Field(ge=2, le=1000)
 
 
-class SpaceSettings(StrictModel):
+class ParameterSettings(StrictModel):
     """The recipes that a run may try: one method, its parameters fixed or free.
 
     Attributes:
-        kind: Only `parameter`: coefficients of one method.
+        kind: `parameter`: coefficients of one method.
         method: A method of the catalogue.
         parameters: By name: a number, switch or choice holds it fixed, `{low, high}` or `{choices}` frees
             it; `free` takes the method's own range. What is left out keeps its default, except that
@@ -167,3 +167,21 @@ def _check_span(name: str, span: Scalar | Span, parameter: Parameter) -> None:
     for end, bound in (("low", span.low), ("high", span.high)):
         if bound is not None:
             check_value(bound, parameter, f"{where}.{end}")
+
+
+KINDS: dict[str, type[StrictModel]] = {"parameter": ParameterSettings}
+"""Kind of space to its settings."""
+
+
+def _of_kind(data: Any) -> Any:
+    """Read the section as settings of its kind, so that faults are told of that kind alone."""
+    if not isinstance(data, dict):
+        return data
+    kind = data.get("kind", "parameter")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f'kind: unknown kind of space "{kind}"{nearest(str(kind), KINDS)}')
+    return KINDS[kind].model_validate(data)
+
+
+SpaceSettings = Annotated[ParameterSettings, BeforeValidator(_of_kind)]
+"""The section as settings of any kind; a union of the kinds."""
