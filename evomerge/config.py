@@ -276,13 +276,14 @@ def json_schema() -> dict[str, Any]:
 
 def _models_in(model: type[BaseModel]) -> set[type[BaseModel]]:
     """Return a model and those of its fields, at any depth."""
-    found = {model}
-    left: list[Any] = [field.annotation for field in model.model_fields.values()]
+    found: set[type[BaseModel]] = set()
+    left: list[Any] = [model]
     while left:
         hint = left.pop()
         left += get_args(hint)
-        if isinstance(hint, type) and issubclass(hint, BaseModel):
-            found |= _models_in(hint)
+        if isinstance(hint, type) and issubclass(hint, BaseModel) and hint not in found:
+            found.add(hint)
+            left += [field.annotation for field in hint.model_fields.values()]
     return found
 
 

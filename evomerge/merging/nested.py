@@ -1,4 +1,4 @@
-"""Sources that are recipes themselves: their models, tensor by tensor, without a file. No torch until read."""
+"""Sources that are recipes themselves: their models, tensor by tensor, without a file. Torch when read."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ def open_source(ref: SourceRef, base_dir: Path | None = None) -> Checkpoint:
         SourceError: A checkpoint is missing or broken, or they do not fit together.
         RecipeError: The recipe brings its vocabulary into another form.
     """
+    if ref.recipe is None and ref.path.startswith("run:"):
+        raise RecipeError(f"source {ref.name}: {ref.path}: winners of runs are sources of run configs alone")
     if ref.recipe is None:
         return open_checkpoint(ref.path, ref.revision, base_dir)
     return MergedCheckpoint(ref.name, ref.recipe, base_dir)
