@@ -98,7 +98,11 @@ class SourceRef(StrictModel):
 
 
 class RecipeSource(SourceRef):
-    """A source that is merged, with its own parameters."""
+    """A source that is merged, with its own parameters.
+
+    Attributes:
+        parameters: The method's parameters for this source, by name.
+    """
 
     parameters: dict[str, Setting] = Field(default_factory=dict)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def test_the_order_within_a_round_never_changes(scales: str) -> None:
         steps = [(step.source, step.layer) for step in path.layers]
         assert (steps[0], steps[-1]) == (("a", 0), ("a", 3))
         places = [order.index(step) for step in steps[1:-1]]
-        falls = sum(b <= a for a, b in zip(places, places[1:], strict=False))
+        falls = sum(b <= a for a, b in itertools.pairwise(places))
         assert falls <= 1  # two rounds
         assert path.end == "a"
         lengths.add(len(steps))

