@@ -127,10 +127,10 @@ class LayerPath(StrictModel):
 
     @property
     def runs(self) -> list[tuple[str, int, int]]:
-        """Stretches of consecutive layers of one source without scales between: source, first, end."""
+        """Stretches of consecutive layers of one source, whatever the scales: source, first, end."""
         found: list[tuple[str, int, int]] = []
         for step in self.layers:
-            if found and step.scale == 1.0 and found[-1][0::2] == (step.source, step.layer):
+            if found and found[-1][0::2] == (step.source, step.layer):
                 found[-1] = (step.source, found[-1][1], step.layer + 1)
             else:
                 found.append((step.source, step.layer, step.layer + 1))

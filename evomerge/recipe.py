@@ -325,7 +325,10 @@ class Recipe(StrictModel):
             if not data[key]:
                 del data[key]
         for source, written in zip(self.sources, data["sources"], strict=True):
-            written["parameters"] = plain_settings(source.parameters)
+            if self.path is None:
+                written["parameters"] = plain_settings(source.parameters)
+            else:
+                del written["parameters"]
             if source.recipe is not None:
                 written["recipe"] = source.recipe.to_json()
         if self.base is not None and self.base.recipe is not None:
