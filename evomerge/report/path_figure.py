@@ -26,7 +26,7 @@ def path_drawing(path: LayerPath, looks: Mapping[str, Look]) -> Drawing:
     def paint(width: int) -> Figure:
         rows = 2 if path.scaled else 1
         heights = (190, 120)[:rows]
-        figure = Figure(figsize=(width / 72, (sum(heights) + 34 * rows) / 72))
+        figure = Figure(figsize=(width / 72, (sum(heights) + 34 * rows + 14) / 72))
         upper = axes_at(figure, 42, 12, width - 60, heights[0])
         steps = range(len(path.layers))
         upper.plot(steps, [step.layer for step in path.layers], color=COLOURS["line"], lw=1.4, zorder=2)
