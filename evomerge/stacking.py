@@ -42,7 +42,7 @@ def as_slices(recipe: Recipe) -> Recipe:
     if path is None:
         return recipe
     if path.scaled:
-        raise RecipeError("path: slices have no scales")
+        raise RecipeError("path: slices have no scales; an exported model has them in its weights")
     if {path.layers[0].source, path.layers[-1].source} != {path.end}:
         raise RecipeError(
             f'path: slices take embedding and head of their first and last layer, not of "{path.end}"'
