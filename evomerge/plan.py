@@ -19,6 +19,7 @@ from evomerge.checkpoints.layout import Layout, check_compatible, layout_of
 from evomerge.config import RunConfig
 from evomerge.errors import ConfigError, FitnessError, RecipeError, nearest
 from evomerge.fitness.scoring import TaskRule
+from evomerge.fitness.sharing import why_not_type
 from evomerge.fitness.tasks import TaskSet
 from evomerge.mergekit import read_any_recipe
 from evomerge.merging.nested import MergedCheckpoint, open_source
@@ -81,10 +82,20 @@ class Plan:
             self._depths(),
         )
         self._check_space()
+        if config.fitness.racing and not self.optimizer().generational:
+            raise ConfigError(
+                f"fitness.racing: needs an optimizer with generations, such as cma_es; "
+                f"{config.optimizer.name} has none"
+            )
         self.optimizer()
         self.seeded = self._seeded()
         self._check_function()
         self.tasks = TaskSet(config.fitness, config.seed, base_dir) if config.fitness.tasks else None
+        if self.tasks and config.fitness.share_prefixes:
+            model = next(iter(self.checkpoints.values())).config
+            problem = why_not_type(model.get("text_config", model)["model_type"])
+            if problem:
+                self.warnings.append(f"fitness.share_prefixes: {problem}; every request is forwarded whole")
 
     def _read(self, ref: SourceRef) -> SourceRef:
         """Return what recipes say of a source, by its content."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from evomerge.fitness.racing import Race
 from evomerge.records import Outcome
 
 
@@ -23,12 +24,14 @@ class Job:
         recipe: Its recipe as plain data.
         documents: The document set's key.
         deadline: Seconds after which its worker is taken to hang.
+        race: What it is raced against; None: it is scored to the end.
     """
 
     candidate: int
     recipe: Mapping[str, Any]
     documents: str
     deadline: float
+    race: Race | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +57,15 @@ class Pool(ABC):
 
     @abstractmethod
     def free(self) -> int:
-        """Return how many jobs could start now."""
+        """Return how many jobs it takes now: those that could start, and what each worker does next."""
 
     @abstractmethod
     def submit(self, job: Job) -> None:
         """Take a job; it starts when a worker is free."""
+
+    @abstractmethod
+    def withdraw(self) -> int:
+        """Forget the jobs that no worker works on; return how many. They get no outcome."""
 
     @abstractmethod
     def wait(self, timeout: float) -> list[Outcome]:
