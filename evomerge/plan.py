@@ -54,6 +54,7 @@ class Plan:
     Attributes:
         checkpoints: Source name to checkpoint, the base first.
         refs: Source name to what recipes say of it, with its fingerprint.
+        paths: Whether layer paths are searched.
         layout: The layout that all sources share.
         space: The space.
         seeded: What is scored before the optimizer proposes anything: baselines and recipes to start from.

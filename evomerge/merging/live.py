@@ -58,7 +58,10 @@ class LiveModel:
         self._layout = layout_of(reference)
         self._merger = Merger(checkpoints, self._layout, device=self.device, budget_bytes=budget_bytes)
         with quiet():
-            self._config = AutoConfig.from_pretrained(reference.path, trust_remote_code=False)
+            if isinstance(reference, MergedCheckpoint):  # its layers need not be those of the files
+                self._config = AutoConfig.for_model(**reference.config)
+            else:
+                self._config = AutoConfig.from_pretrained(reference.path, trust_remote_code=False)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer.path, trust_remote_code=False)
         self._reference = reference
         self._built: tuple[torch.dtype, tuple[Slice, ...]] | None = None
@@ -122,6 +125,7 @@ class LiveModel:
                 budget_bytes=self._budget,
             )
         if digest != recipe.digest:
+            self._residents[key] = live, ""  # a merge that fails leaves it half overwritten
             live.apply(recipe)
         self._residents[key] = live, recipe.digest
         return live.model

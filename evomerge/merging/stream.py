@@ -106,6 +106,7 @@ def write_model(
         CandidateError: The recipe's parameters have no merged model, or its dtype cannot hold it.
     """
     check_target(target)
+    check_path(recipe, checkpoints)
     checkpoints, vocabulary = align(checkpoints, recipe)
     for line in vocabulary.warnings:
         notice(line)

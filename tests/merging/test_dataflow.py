@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from evomerge.checkpoints.flows import FLOWS, flow_of, layer_types
 from evomerge.checkpoints.layout import layout_of
 from evomerge.checkpoints.source import Checkpoint
-from evomerge.errors import RecipeError, SourceError
+from evomerge.errors import CandidateError, RecipeError, SourceError
 from evomerge.merging.dataflow import assemble
 from evomerge.merging.live import LiveModel
 from evomerge.merging.stream import open_sources, write_model
@@ -320,6 +320,32 @@ def test_paths_that_the_sources_cannot_have_are_refused(tmp_path: Path) -> None:
         RecipeError, match=r"path\.layers\.1: the attention window of five is 5, but 4 in four"
     ):
         applied({"a": windows["four"], **windows}, recipe_of(windows, ["four 0", "five 1", "four 1"]))
+
+
+def test_a_merge_that_fails_leaves_no_weights_behind(tmp_path: Path) -> None:
+    checkpoints = opened(tmp_path, "llama")
+    plain = [
+        {"name": name, "path": str(found.path), "fingerprint": found.fingerprint}
+        for name, found in checkpoints.items()
+    ]
+
+    def through(first: float, second: list[float]) -> Recipe:
+        weights = zip(plain, (first, second), strict=True)
+        inner = {
+            "method": "linear",
+            "sources": [{**source, "parameters": {"weight": weight}} for source, weight in weights],
+        }
+        source = {"name": "m", "path": "merged", "recipe": inner}
+        return parse_recipe({"method": "passthrough", "sources": [source], "path": ["m 0-2"]}, "r")
+
+    live = live_of(checkpoints)
+    good = through(1.0, [0.5, 0.5])
+    live.apply(good)
+    before = logits(live.model)
+    with pytest.raises(CandidateError):
+        live.apply(through(1.0, [0.9, -1.0]))  # the weights of the last layer sum to zero
+    live.apply(good)
+    assert same_bits(logits(live.model), before)
 
 
 def test_a_source_may_be_a_recipe_and_that_may_have_a_path(tmp_path: Path) -> None:
