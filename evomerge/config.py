@@ -256,7 +256,7 @@ def json_schema() -> dict[str, Any]:
     schema = RunConfig.model_json_schema(by_alias=True)
     models: dict[str, type[BaseModel]] = {model.__name__: model for model in _models_in(RunConfig)}
     for name, definition in [("RunConfig", schema), *schema["$defs"].items()]:
-        _describe(definition, inspect.getdoc(models[name]) or "")
+        _describe(definition, models[name])
     optimizer = schema["$defs"]["OptimizerSettings"]
     optimizer["properties"]["name"]["enum"] = list(SETTINGS)
     for settings in SETTINGS.values():
@@ -276,22 +276,25 @@ def json_schema() -> dict[str, Any]:
 
 def _models_in(model: type[BaseModel]) -> set[type[BaseModel]]:
     """Return a model and those of its fields, at any depth."""
-    found = {model}
-    left: list[Any] = [field.annotation for field in model.model_fields.values()]
+    found: set[type[BaseModel]] = set()
+    left: list[Any] = [model]
     while left:
         hint = left.pop()
         left += get_args(hint)
-        if isinstance(hint, type) and issubclass(hint, BaseModel):
-            found |= _models_in(hint)
+        if isinstance(hint, type) and issubclass(hint, BaseModel) and hint not in found:
+            found.add(hint)
+            left += [field.annotation for field in hint.model_fields.values()]
     return found
 
 
-def _describe(definition: dict[str, Any], doc: str) -> None:
-    """Describe a model and its fields by its docstring's first paragraph and its `Attributes:`."""
-    summary, _, attributes = doc.partition("Attributes:")
-    definition["description"] = " ".join(summary.split())
-    for name, text in re.findall(r"^    (\w+): (.*(?:\n     .*)*)", attributes, re.MULTILINE):
-        definition["properties"][name]["description"] = " ".join(text.split())
+def _describe(definition: dict[str, Any], model: type[BaseModel]) -> None:
+    """Describe a model by its docstring's first paragraph, its fields by `Attributes:` of all its classes."""
+    for kind in reversed([kind for kind in model.__mro__ if issubclass(kind, BaseModel)]):
+        summary, _, attributes = (inspect.getdoc(kind) or "").partition("Attributes:")
+        definition["description"] = " ".join(summary.split())
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n     .*)*)", attributes, re.MULTILINE):
+            if name in definition["properties"]:
+                definition["properties"][name]["description"] = " ".join(text.split())
 
 
 def _kind(data: Any) -> Literal["nothing", "a list", "a text", "a value"]:

@@ -19,6 +19,7 @@ from evomerge.errors import ConfigError, LostRunError, StoreError, UserError
 from evomerge.plan import Plan, drift
 from evomerge.progress import Progress
 from evomerge.search import Search
+from evomerge.sourcing import with_recipes
 from evomerge.store import Run, RunView, Store
 from evomerge.workers.inline import InlinePool
 from evomerge.workers.pool import Pool
@@ -70,6 +71,7 @@ def start(
             "or choose another name with --name"
         )
     notice("reading sources and tasks")
+    config = with_recipes(config, base_dir, store)
     plan = Plan(config, base_dir)
     for warning in plan.warnings:
         notice(f"warning: {warning}")

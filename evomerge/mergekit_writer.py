@@ -16,6 +16,7 @@ from evomerge.mergekit_models import model_config
 from evomerge.mergekit_tokens import write_tokenizer
 from evomerge.recipe import Recipe, RecipeSource, Rule, Setting, SourceRef
 from evomerge.slices import outline
+from evomerge.stacking import as_slices
 
 __all__ = ["FilterSource", "to_mergekit"]
 
@@ -32,6 +33,10 @@ def to_mergekit(recipe: Recipe, layout: FilterSource) -> dict[str, Any]:
     Raises:
         RecipeError: mergekit cannot express it.
     """
+    recipe = as_slices(recipe)
+    nested = next((ref.name for ref in recipe.refs if ref.recipe is not None), None)
+    if nested is not None:
+        raise RecipeError(f'mergekit takes files only: "{nested}" is the model of a recipe; write it first')
     method = method_named(recipe.method)
     if not method.mergekit or method.name not in PEERS:
         raise RecipeError(f"mergekit has no method {recipe.method}")

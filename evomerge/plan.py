@@ -8,23 +8,27 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from evomerge.checkpoints.flows import flow_of
 from evomerge.checkpoints.layout import Layout, check_compatible, layout_of
-from evomerge.checkpoints.opening import open_checkpoint
 from evomerge.config import RunConfig
 from evomerge.errors import ConfigError, FitnessError, RecipeError, nearest
 from evomerge.fitness.scoring import TaskRule
 from evomerge.fitness.sharing import why_not_type
 from evomerge.fitness.tasks import TaskSet
 from evomerge.mergekit import read_any_recipe
+from evomerge.merging.nested import MergedCheckpoint, open_source
 from evomerge.optimizers import Optimizer, create
 from evomerge.recipe import Recipe, SourceRef, parse_recipe
 from evomerge.records import SPLITS, DocumentSet, Genome
-from evomerge.spaces.parameter import ParameterSpace
+from evomerge.spaces.dataflow import whole_path
+from evomerge.spaces.making import Depths, make_space
+from evomerge.spaces.settings import ParameterSettings
 from evomerge.strict import canonical_json, read_text
 from evomerge.workers.settings import WorkerSpec
 
@@ -50,6 +54,7 @@ class Plan:
     Attributes:
         checkpoints: Source name to checkpoint, the base first.
         refs: Source name to what recipes say of it, with its fingerprint.
+        paths: Whether layer paths are searched.
         layout: The layout that all sources share.
         space: The space.
         seeded: What is scored before the optimizer proposes anything: baselines and recipes to start from.
@@ -63,21 +68,19 @@ class Plan:
     def __init__(self, config: RunConfig, base_dir: Path) -> None:
         self.config = config
         self.base_dir = base_dir
-        self.checkpoints = {
-            ref.name: open_checkpoint(ref.path, ref.revision, base_dir) for ref in config.sources.all
-        }
-        self.warnings: list[str] = list(check_compatible(self.checkpoints))
+        self.checkpoints = {ref.name: open_source(ref, base_dir) for ref in config.sources.all}
+        self.paths = config.space.kind in ("data_flow", "layer_edits", "joint")
+        sliced = self.paths and config.space.kind != "joint"
+        self.warnings: list[str] = list(check_compatible(self.checkpoints, sliced=sliced))
         self.layout: Layout = layout_of(next(iter(self.checkpoints.values())))
-        self.refs: dict[str, SourceRef] = {
-            ref.name: ref.model_copy(update={"fingerprint": self.checkpoints[ref.name].fingerprint})
-            for ref in config.sources.all
-        }
-        self.space = ParameterSpace(
+        self.refs: dict[str, SourceRef] = {ref.name: self._read(ref) for ref in config.sources.all}
+        self.space = make_space(
             config.space,
             self._base(),
             [self.refs[ref.name] for ref in config.sources.models],
             list(self.layout.places.values()),
             self.layout.num_layers,
+            self._depths(),
         )
         self._check_space()
         if config.fitness.racing and not self.optimizer().generational:
@@ -94,6 +97,26 @@ class Plan:
             problem = why_not_type(model.get("text_config", model)["model_type"])
             if problem:
                 self.warnings.append(f"fitness.share_prefixes: {problem}; every request is forwarded whole")
+
+    def _read(self, ref: SourceRef) -> SourceRef:
+        """Return what recipes say of a source, by its content."""
+        found = self.checkpoints[ref.name]
+        known: dict[str, Any] = {"fingerprint": found.fingerprint}
+        if isinstance(found, MergedCheckpoint):
+            known["recipe"] = found.recipe
+        return ref.model_copy(update=known)
+
+    def _depths(self) -> Depths:
+        layouts = {name: layout_of(found) for name, found in self.checkpoints.items()}
+        first = self.checkpoints[self.config.sources.models[0].name]
+        inside = [
+            math.prod(first.tensors[name].shape)
+            for name, place in self.layout.places.items()
+            if place.layer == 0 and name in first.tensors
+        ]
+        layers = sum(inside)
+        other = first.num_parameters - layers * layouts[self.config.sources.models[0].name].num_layers
+        return Depths({name: layout.num_layers for name, layout in layouts.items()}, layers, other)
 
     def _check_function(self) -> None:
         """Look for the fitness callable without importing it, which may load torch."""
@@ -125,24 +148,42 @@ class Plan:
         tokenizer = self.config.space.tokenizer
         if tokenizer is not None and tokenizer not in self.refs:
             raise ConfigError(f'space.tokenizer: "{tokenizer}" is none of {", ".join(self.refs)}')
+        if self.paths:
+            self._check_flow()
         try:
             self.space.decode(self.space.centre())
         except RecipeError as problem:
             raise ConfigError(f"space: {problem}") from None
 
+    def _check_flow(self) -> None:
+        """Raise ConfigError if models of this family cannot have the paths of the space."""
+        section = self.config.space
+        try:
+            flow = flow_of(next(iter(self.checkpoints.values())).config)
+        except RecipeError as problem:
+            raise ConfigError(f"space.kind: {section.kind}: {problem}") from None
+        if not isinstance(section, ParameterSettings) and flow.unscalable and section.scaled:
+            raise ConfigError(
+                f"space: scales cannot be folded into models of this family: {flow.unscalable}; write "
+                "scales: none for data_flow, scale_range: 0 for layer_edits"
+            )
+
     def optimizer(self, start: Genome | None = None) -> Optimizer:
         """Return the config's optimizer at its beginning."""
         wanted = self.config.optimizer
+        if start is None and self.paths:
+            start = self.space.centre()
         return create(wanted.name, self.space.dimensions, self.config.seed, wanted.settings, start)
 
     def _seeded(self) -> tuple[Seeded, ...]:
         """Return the baselines and the recipes to start from, in the order in which they are scored."""
         models = [self.refs[ref.name] for ref in self.config.sources.models]
-        found = [Seeded(f"source:{ref.name}", self._linear([ref])) for ref in self.refs.values()]
-        if len(models) > 1:
+        found = [Seeded(f"source:{ref.name}", self._whole(ref)) for ref in self.refs.values()]
+        even = len({layout_of(found).num_layers for found in self.checkpoints.values()}) == 1
+        if len(models) > 1 and even:
             found.append(Seeded("baseline:uniform", self._linear(models)))
         base = self._base()
-        if base is not None:
+        if base is not None and even:
             for scale in self.config.baselines.task_arithmetic:
                 recipe = self._recipe("task_arithmetic", models, base, {"lambda": scale})
                 found.append(Seeded(f"baseline:task_arithmetic@{scale:g}", recipe))
@@ -151,6 +192,12 @@ class Plan:
             genome, _ = self.space.encode(recipe)
             found.append(Seeded(f"start:{Path(path).name}", recipe, genome))
         return tuple(found)
+
+    def _whole(self, ref: SourceRef) -> Recipe:
+        """Return the recipe of a source as it is; a path where paths are searched, so that it is resident."""
+        if self.paths:
+            return whole_path(ref, layout_of(self.checkpoints[ref.name]).num_layers, self.config.space.dtype)
+        return self._linear([ref])
 
     def _linear(self, refs: list[SourceRef]) -> Recipe:
         return self._recipe("linear", refs, None, {})

@@ -34,13 +34,24 @@ from pydantic import Field, field_validator, model_validator
 
 from evomerge.catalogue import Method, Scope, method_named
 from evomerge.errors import RecipeError
-from evomerge.rules import Rule, Scalar, Setting, check_value, rules_of, value_at
+from evomerge.paths import LayerPath, Slice, Step
+from evomerge.rules import (
+    Rule,
+    Scalar,
+    Setting,
+    check_value,
+    plain_settings,
+    rules_of,
+    value_at,
+    without_unreachable,
+)
 from evomerge.strict import StrictModel, canonical_json, dump_yaml, read_yaml, validated
 from evomerge.tokens import UNION, ModelToken, TokenRow, ZeroRow
 
 __all__ = [
     "UNION",
     "Dtype",
+    "LayerPath",
     "ModelToken",
     "Recipe",
     "RecipeSource",
@@ -49,6 +60,7 @@ __all__ = [
     "Setting",
     "Slice",
     "SourceRef",
+    "Step",
     "TokenRow",
     "ZeroRow",
     "check_value",
@@ -61,28 +73,36 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class SourceRef(StrictModel):
-    """Names one input checkpoint.
+    """Names one input: a checkpoint, or the model of another recipe.
 
     Attributes:
         name: Its name within the recipe.
-        path: Local directory or hub id.
+        path: Local directory or hub id; of a recipe, where it comes from, for people.
         revision: Branch, tag or commit of a hub id.
         fingerprint: SHA-256 of its content; None while it has not been read.
+        recipe: The recipe whose model it is; None: a checkpoint.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     path: str = Field(min_length=1)
     revision: str | None = None
     fingerprint: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    recipe: Recipe | None = None
 
     @property
     def identity(self) -> str:
         """What the recipe's digest sees of it: its content if known, else where it lies."""
+        if self.recipe is not None:
+            return self.recipe.digest
         return self.fingerprint or f"{self.path}@{self.revision or ''}"
 
 
 class RecipeSource(SourceRef):
-    """A source that is merged, with its own parameters."""
+    """A source that is merged, with its own parameters.
+
+    Attributes:
+        parameters: The method's parameters for this source, by name.
+    """
 
     parameters: dict[str, Setting] = Field(default_factory=dict)
 
@@ -90,23 +110,6 @@ class RecipeSource(SourceRef):
     @classmethod
     def _long_form(cls, data: Any) -> Any:
         return {key: rules_of(key, value) for key, value in data.items()} if isinstance(data, dict) else data
-
-
-class Slice(StrictModel):
-    """Consecutive layers of the merged model, and the layers of each source that they are made of.
-
-    Attributes:
-        layers: Name of a source, or of the base, to its first layer and the one behind its last, from 0; all
-            of one length. Sources that are not named do not take part.
-    """
-
-    layers: dict[str, tuple[int, int]] = Field(min_length=1)
-
-    @property
-    def count(self) -> int:
-        """Number of layers."""
-        first, end = next(iter(self.layers.values()))
-        return end - first
 
 
 class Recipe(StrictModel):
@@ -129,6 +132,8 @@ class Recipe(StrictModel):
             None: the tokenizer's own.
         slices: The layers of the merged model from first to last; empty: every layer of every source, in
             place. Embedding, head and final norm come from the sources of the first and the last slice.
+        path: The layers that the model runs through, one by one, with scales; in place of `slices`. Needs
+            the method `passthrough`.
         dtype: Of the merged weights; None: each tensor keeps the dtype it has in the base, else first source.
     """
 
@@ -143,6 +148,7 @@ class Recipe(StrictModel):
     pad_to_multiple_of: int | None = Field(default=None, ge=1, le=2**16)
     chat_template: str | None = Field(default=None, min_length=1)
     slices: tuple[Slice, ...] = ()
+    path: LayerPath | None = None
     dtype: Dtype | None = None
 
     @field_validator("parameters", mode="before")
@@ -156,6 +162,8 @@ class Recipe(StrictModel):
             method = method_named(self.method)
             self._check_sources(method)
             self._check_slices(method)
+            if self.path is not None:
+                self._check_path(self.path, method)
             _complete(self.parameters, method, "method", "parameters")
             for source in self.sources:
                 _complete(source.parameters, method, "source", f"sources.{source.name}.parameters")
@@ -173,7 +181,7 @@ class Recipe(StrictModel):
             raise RecipeError(f"base: method {method.name} works on deltas from a base; name one")
         if not method.takes_base and self.base is not None:
             raise RecipeError(f"base: method {method.name} has no base; list it as a source or leave it out")
-        if not self.slices:
+        if not self.slices and self.path is None:
             _check_count(len(names), method, "sources")
         self._check_tokens(known)
 
@@ -215,6 +223,25 @@ class Recipe(StrictModel):
         if self.slices and used != set(known):
             raise RecipeError(f'slices: no slice has layers of "{next(n for n in known if n not in used)}"')
 
+    def _check_path(self, path: LayerPath, method: Method) -> None:
+        if self.slices:
+            raise RecipeError("path: expected either a path or slices")
+        if method.name != "passthrough":
+            raise RecipeError(
+                f"path: needs method: passthrough, got {method.name}; merge in a source of its own `recipe`"
+            )
+        for key in ("tokens", "pad_to_multiple_of"):
+            if getattr(self, key):
+                raise RecipeError(f"{key}: a model with a path takes embedding and head of one source")
+        if self.tokenizer not in (None, path.end):
+            raise RecipeError(f'tokenizer: a path has that of its ends, "{path.end}"; leave it out')
+        path.check_sources([source.name for source in self.sources])
+        for source in self.sources:
+            if _chosen(source.parameters, method):
+                raise RecipeError(
+                    f"sources.{source.name}.parameters: a path has scales of its own; leave these out"
+                )
+
     @property
     def refs(self) -> tuple[SourceRef, ...]:
         """Every checkpoint it reads: the base, if any, then the sources."""
@@ -222,8 +249,23 @@ class Recipe(StrictModel):
 
     @property
     def reference(self) -> SourceRef:
-        """The checkpoint that gives config, tensor order and default dtypes: the base, else the first."""
+        """What gives config, tensor order and default dtypes: a path's ends, the base, else the first."""
+        if self.path is not None:
+            return next(ref for ref in self.refs if ref.name == self.path.end)
         return self.refs[0]
+
+    @property
+    def stack(self) -> tuple[Slice, ...]:
+        """The slices; for a path, one for each of its layers."""
+        return self.slices if self.path is None else self.path.slices
+
+    @property
+    def leaves(self) -> tuple[SourceRef, ...]:
+        """Every checkpoint that it reads, those of its sources' own recipes among them."""
+        found: list[SourceRef] = []
+        for ref in self.refs:
+            found += [ref] if ref.recipe is None else ref.recipe.leaves
+        return tuple(found)
 
     @cached_property
     def digest(self) -> str:
@@ -246,6 +288,10 @@ class Recipe(StrictModel):
         content |= {key: value for key, value in given.items() if value is not None}
         if self.slices:
             content["slices"] = [[piece.layers.get(ref.name) for ref in self.refs] for piece in self.slices]
+        if self.path is not None:
+            names = [ref.name for ref in self.refs]
+            steps = [[names.index(step.source), step.layer, step.scale] for step in self.path.layers]
+            content["path"] = [names.index(self.path.end), steps]
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
     def located(self, base_dir: Path) -> Recipe:
@@ -262,7 +308,9 @@ class Recipe(StrictModel):
             below, plus, above = path.partition("+")  # a base with an adapter on it
             return f"{located(below)}+{located(above)}" if plus else path
 
-        def moved(ref: SourceRef) -> dict[str, str]:
+        def moved(ref: SourceRef) -> dict[str, Any]:
+            if ref.recipe is not None:
+                return {"recipe": ref.recipe.located(base_dir)}
             return {"path": located(ref.path)}
 
         base = self.base.model_copy(update=moved(self.base)) if self.base else None
@@ -272,17 +320,30 @@ class Recipe(StrictModel):
     def to_json(self) -> dict[str, Any]:
         """Return plain data that `Recipe.model_validate` takes back."""
         data: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
-        data["parameters"] = _plain(self.parameters)
+        data["parameters"] = plain_settings(self.parameters)
         for key in ("slices", "tokens"):
             if not data[key]:
                 del data[key]
         for source, written in zip(self.sources, data["sources"], strict=True):
-            written["parameters"] = _plain(source.parameters)
+            if self.path is None:
+                written["parameters"] = plain_settings(source.parameters)
+            else:
+                del written["parameters"]
+            if source.recipe is not None:
+                written["recipe"] = source.recipe.to_json()
+        if self.base is not None and self.base.recipe is not None:
+            data["base"]["recipe"] = self.base.recipe.to_json()
+        if self.path is not None:
+            data["path"] = self.path.to_json()
         return data
 
     def to_yaml(self) -> str:
         """Return the recipe as a file that `read_recipe` takes back."""
         return dump_yaml(self.to_json())
+
+
+for _model in (SourceRef, RecipeSource, Recipe):
+    _model.model_rebuild()  # a source may hold a recipe, which holds sources
 
 
 def _check_count(count: int, method: Method, where: str) -> None:
@@ -301,7 +362,7 @@ def _complete(settings: dict[str, Setting], method: Method, scope: Scope, where:
         for rule in setting:
             for value in rule.value if isinstance(rule.value, tuple) else (rule.value,):
                 check_value(value, parameter, f"{where}.{name}")
-        setting = settings[name] = _without_unreachable(setting)
+        setting = settings[name] = without_unreachable(setting)
         if not parameter.per_tensor and not (len(setting) == 1 and setting[0].general):
             raise RecipeError(f"{where}.{name}: one value for all tensors, got rules")
     for parameter in method.parameters:
@@ -320,35 +381,15 @@ def _complete(settings: dict[str, Setting], method: Method, scope: Scope, where:
     settings.update(ordered)
 
 
-def _without_unreachable(setting: Setting) -> Setting:
-    """Leave out rules behind one that applies to every tensor, or to the same tensors."""
-    kept: dict[tuple[Any, ...], Rule] = {}
-    for rule in setting:
-        kept.setdefault((rule.role, rule.match, rule.slice), rule)
-        if rule.general:
-            break
-    return tuple(kept.values())
-
-
-def _plain(settings: Mapping[str, Setting]) -> dict[str, Any]:
-    """Return settings in their shortest written form."""
-    plain: dict[str, Any] = {}
-    for name, setting in settings.items():
-        if len(setting) == 1:
-            value = setting[0].value
-            plain[name] = list(value) if isinstance(value, tuple) else value
-        else:
-            plain[name] = [rule.model_dump(mode="json", exclude_none=True) for rule in setting]
-    return plain
-
-
 def _chosen(settings: Mapping[str, Setting], method: Method) -> dict[str, Any]:
     """Return the settings that differ from the defaults: a parameter that is new changes no old digest."""
 
     def is_default(name: str, setting: Setting) -> bool:
         return len(setting) == 1 and setting[0].general and setting[0].value == method.parameter(name).default
 
-    return _plain({name: setting for name, setting in settings.items() if not is_default(name, setting)})
+    return plain_settings(
+        {name: setting for name, setting in settings.items() if not is_default(name, setting)}
+    )
 
 
 def parse_recipe(data: Any, where: str) -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -118,3 +119,25 @@ def check_value(value: Scalar, parameter: Parameter, where: str) -> None:
     if (low is not None and value < low) or (high is not None and value > high):
         wanted = f"{low} to {high}" if low is not None and high is not None else f"at least {low}"
         raise RecipeError(f"{where}: expected {wanted}, got {value}")
+
+
+def without_unreachable(setting: Setting) -> Setting:
+    """Leave out rules behind one that applies to every tensor, or to the same tensors."""
+    kept: dict[tuple[Any, ...], Rule] = {}
+    for rule in setting:
+        kept.setdefault((rule.role, rule.match, rule.slice), rule)
+        if rule.general:
+            break
+    return tuple(kept.values())
+
+
+def plain_settings(settings: Mapping[str, Setting]) -> dict[str, Any]:
+    """Return settings in their shortest written form."""
+    plain: dict[str, Any] = {}
+    for name, setting in settings.items():
+        if len(setting) == 1:
+            value = setting[0].value
+            plain[name] = list(value) if isinstance(value, tuple) else value
+        else:
+            plain[name] = [rule.model_dump(mode="json", exclude_none=True) for rule in setting]
+    return plain

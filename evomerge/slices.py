@@ -43,16 +43,18 @@ def outline(recipe: Recipe, layout: Layered) -> dict[str, Output]:
     """Return the merged model's tensors by name, in their order.
 
     A layer of a slice has the tensors that the reference has in the layer it is made of; where the reference
-    takes no part in the slice, those that it has in the layer of the first source's number.
+    takes no part in the slice, those that it has in the layer of the first source's number. A path counts as
+    one slice for each of its layers.
 
     Args:
-        recipe: With or without slices.
+        recipe: With slices, a path, or neither.
         layout: Of the recipe's reference; all sources name their tensors like it.
 
     Raises:
         RecipeError: A slice asks for a layer of the reference that it does not have.
     """
-    if not recipe.slices:
+    stack = recipe.stack
+    if not stack:
         names = [ref.name for ref in recipe.refs]
         return {name: Output(place, dict.fromkeys(names, name)) for name, place in layout.places.items()}
     check_slices(recipe, {recipe.reference.name: layout.num_layers})
@@ -61,11 +63,14 @@ def outline(recipe: Recipe, layout: Layered) -> dict[str, Output]:
     for place in layout.places.values():
         if place.layer is not None:
             layers[place.layer].append(place)
-    last = len(recipe.slices) - 1
-    total = sum(piece.count for piece in recipe.slices)
-    outputs = [_end(place, recipe.slices[0], 0, 0.0) for place in outside if place.depth == 0.0]
+    last = len(stack) - 1
+    total = sum(piece.count for piece in stack)
+    first_end, last_end = stack[0], stack[last]
+    if recipe.path is not None:
+        first_end = last_end = Slice(layers={recipe.path.end: (0, 1)})
+    outputs = [_end(place, first_end, 0, 0.0) for place in outside if place.depth == 0.0]
     layer = 0
-    for i, piece in enumerate(recipe.slices):
+    for i, piece in enumerate(stack):
         first = piece.layers.get(recipe.reference.name, next(iter(piece.layers.values())))[0]
         for offset in range(piece.count):
             depth, own = layer / max(1, total - 1), offset / max(1, piece.count - 1)
@@ -79,7 +84,7 @@ def outline(recipe: Recipe, layout: Layered) -> dict[str, Output]:
                 for place in model
             ]
             layer += 1
-    outputs += [_end(place, recipe.slices[last], last, 1.0) for place in outside if place.depth != 0.0]
+    outputs += [_end(place, last_end, last, 1.0) for place in outside if place.depth != 0.0]
     return {output.place.name: output for output in outputs}
 
 
@@ -96,9 +101,15 @@ def check_slices(recipe: Recipe, layers: Mapping[str, int]) -> None:
     """Raise RecipeError unless every source has the layers that the slices ask for.
 
     Args:
-        recipe: With or without slices.
+        recipe: With slices, a path, or neither.
         layers: Source name to its number of layers; sources that are not named are not looked at.
     """
+    for i, step in enumerate(recipe.path.layers if recipe.path else ()):
+        count = layers.get(step.source, step.layer + 1)
+        if step.layer >= count:
+            raise RecipeError(
+                f"path.layers.{i}: {step.source} has the layers 0 to {count - 1}, got layer {step.layer}"
+            )
     for i, piece in enumerate(recipe.slices):
         for name, (first, end) in piece.layers.items():
             if end > layers.get(name, end):

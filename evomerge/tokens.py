@@ -14,13 +14,24 @@ UNION = "union"
 
 
 class ZeroRow(StrictModel):
-    """Zeros in embedding and head."""
+    """Zeros in embedding and head.
+
+    Attributes:
+        kind: `zero`.
+    """
 
     kind: Literal["zero"]
 
 
 class ModelToken(StrictModel):
-    """The row of source `model` (or the base) for one of its tokens, given by `token` or `token_id`."""
+    """The row of a source for one of its tokens, given by `token` or `token_id`.
+
+    Attributes:
+        kind: `model_token`.
+        model: Name of the source, or of the base.
+        token: The token's text.
+        token_id: Its number.
+    """
 
     kind: Literal["model_token"]
     model: str

@@ -243,6 +243,11 @@ def test_faults_name_the_key_what_was_expected_and_what_was_got(key, value, mess
     assert refusal(changed(key, value)) == message
 
 
+@pytest.mark.parametrize("kind", ["parametre", 3, None])
+def test_an_unknown_kind_of_space_is_refused(kind):
+    assert refusal(changed("space.kind", kind)).startswith(f'space.kind: unknown kind of space "{kind}"')
+
+
 def test_missing_sections_are_named():
     found = data()
     del found["sources"]

@@ -13,12 +13,12 @@ PACKAGE = Path(evomerge.__file__).parent
 LAYERS = (
     ("__main__", "cli", "demo"),
     ("drive", "evaluate", "soup"),
-    ("search", "progress", "plan", "config", "report"),
+    ("search", "progress", "plan", "config", "report", "sourcing"),
     ("workers",),
     ("merging", "fitness"),
     ("spaces", "optimizers", "store", "checkpoints"),
     (
-        *("recipe", "rules", "slices", "tokens", "catalogue", "records", "strict"),
+        *("recipe", "paths", "rules", "slices", "stacking", "tokens", "catalogue", "records", "strict"),
         *("mergekit", "mergekit_evolve", "mergekit_filters", "mergekit_methods", "mergekit_models"),
         *("mergekit_slices", "mergekit_tokens", "mergekit_writer"),
     ),

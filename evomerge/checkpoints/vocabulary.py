@@ -175,7 +175,8 @@ def _first(used: Mapping[str, Checkpoint], recipe: Recipe) -> str:
     """Return the source whose tokenizer the model's begins with."""
     having = [name for name, checkpoint in used.items() if checkpoint.tokenizer_fingerprint]
     if recipe.tokenizer in (None, UNION):
-        return having[0] if having else recipe.reference.name
+        first = recipe.reference.name
+        return having[0] if having and first not in having else first
     if recipe.tokenizer not in having:
         problem = f'"{recipe.tokenizer}" has no tokenizer'
         raise RecipeError(f"tokenizer: {problem}; expected one of {', '.join(having)}")

@@ -47,7 +47,7 @@ def merge(
 
     check_device(device)
     opened = open_sources(parsed, recipe.parent.resolve(), warn)
-    if check and not parsed.slices and parsed.tokenizer is None:
+    if check and not parsed.stack and parsed.tokenizer is None:
         with bytes_written("checking") as progress:
             for line in check_sources(opened, progress=progress):
                 warn(line)

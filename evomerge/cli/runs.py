@@ -156,13 +156,25 @@ def _store_of(config: RunConfig, base_dir: Path) -> str | None:
     return str(base_dir / config.store)
 
 
-def validate(config: ConfigArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+def validate(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Check a config against the files it names, and say what a run would do."""
     from evomerge.cli.display import console, print_json, simple_table
     from evomerge.config import read_config
     from evomerge.report.estimate import estimate
+    from evomerge.sourcing import names_runs, with_recipes
 
-    found = estimate(read_config(config, overrides or []), config.parent.resolve())
+    parsed, base_dir = read_config(config, overrides or []), config.parent.resolve()
+    if names_runs(parsed):
+        with open_store(store or _store_of(parsed, base_dir)) as opened:
+            parsed = with_recipes(parsed, base_dir, opened)
+    else:
+        parsed = with_recipes(parsed, base_dir, None)
+    found = estimate(parsed, base_dir)
     if as_json:
         print_json(found)
         return

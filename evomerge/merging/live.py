@@ -13,12 +13,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from evomerge.checkpoints.flows import flow_of
 from evomerge.checkpoints.layout import layout_of
 from evomerge.checkpoints.source import Checkpoint
-from evomerge.errors import SourceError
+from evomerge.errors import RecipeError, SourceError
+from evomerge.merging.dataflow import assemble
 from evomerge.merging.merger import DTYPES, Merger
+from evomerge.merging.nested import MergedCheckpoint
 from evomerge.merging.outline import outlined_config
-from evomerge.recipe import Recipe, Slice
+from evomerge.recipe import LayerPath, Recipe, RecipeSource, Slice, parse_recipe
 
 
 class LiveModel:
@@ -28,6 +31,8 @@ class LiveModel:
     files gives. Where that keeps the tensors under the checkpoint's own names (dense decoders), later
     candidates are merged into the parameters in place; where it renames or fuses tensors (mixtures of
     experts), every candidate is loaded anew.
+
+    For a recipe with a path the models of its sources are resident, each once; see `merging.dataflow`.
 
     Args:
         checkpoints: Each checkpoint under its source's identity.
@@ -53,11 +58,17 @@ class LiveModel:
         self._layout = layout_of(reference)
         self._merger = Merger(checkpoints, self._layout, device=self.device, budget_bytes=budget_bytes)
         with quiet():
-            self._config = AutoConfig.from_pretrained(reference.path, trust_remote_code=False)
+            if isinstance(reference, MergedCheckpoint):  # its layers need not be those of the files
+                self._config = AutoConfig.for_model(**reference.config)
+            else:
+                self._config = AutoConfig.from_pretrained(reference.path, trust_remote_code=False)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer.path, trust_remote_code=False)
         self._reference = reference
         self._built: tuple[torch.dtype, tuple[Slice, ...]] | None = None
         self._targets: dict[str, Tensor] | None = None
+        self._checkpoints, self._budget = checkpoints, budget_bytes
+        self._tokenized = tokenizer
+        self._residents: dict[str, tuple[LiveModel, str]] = {}
         self.model: Any = None
 
     def apply(self, recipe: Recipe) -> None:
@@ -67,12 +78,57 @@ class LiveModel:
             CandidateError: The recipe's parameters have no merged model (weights that sum to zero, ...).
             SourceError: The checkpoints lack a tensor that the config calls for.
         """
+        if recipe.path is not None:
+            self._follow(recipe, recipe.path)
+            return
         dtype = self._dtype or self._exported_dtype(recipe)
         if self._targets is None or self._built != (dtype, recipe.slices):
             self._build(recipe, dtype)
             return
         for name, target in self._targets.items():
             self._merger.merge(recipe, name, out=target)
+
+    def _follow(self, recipe: Recipe, path: LayerPath) -> None:
+        """Make the model one of the resident layers of its sources."""
+        self.model = self._targets = None
+        dtype = self._dtype or self._exported_dtype(recipe)
+        models = {source.name: self._resident(source, dtype) for source in recipe.sources}
+        for i, step in enumerate(path.layers):
+            count = models[step.source].config.num_hidden_layers
+            if step.layer >= count:
+                raise RecipeError(
+                    f"path.layers.{i}: {step.source} has {count} layers, got layer {step.layer}"
+                )
+        flow = flow_of(models[path.end].config.to_dict())
+        self.model = assemble(models, path, flow, self._layout.layers)
+
+    def _resident(self, source: RecipeSource, dtype: torch.dtype) -> Any:
+        """Return the model of a source; that of a recipe takes the place of an earlier one of its name."""
+        recipe = source.recipe
+        if recipe is None:
+            plain = {"name": source.name, "path": source.path, "fingerprint": source.fingerprint}
+            recipe = parse_recipe({"method": "passthrough", "sources": [plain]}, source.name)
+        key = source.identity if source.recipe is None else f"recipe {source.name}"
+        live, digest = self._residents.get(key, (None, ""))
+        if live is None:
+            checkpoints = {**self._checkpoints}
+            for checkpoint in self._checkpoints.values():
+                checkpoints |= checkpoint.leaves if isinstance(checkpoint, MergedCheckpoint) else {}
+            reference = checkpoints[recipe.reference.identity]
+            name = next(name for name, known in DTYPES.items() if known == dtype)
+            live = LiveModel(
+                checkpoints,
+                reference,
+                self._tokenized,
+                device=str(self.device),
+                dtype=name,
+                budget_bytes=self._budget,
+            )
+        if digest != recipe.digest:
+            self._residents[key] = live, ""  # a merge that fails leaves it half overwritten
+            live.apply(recipe)
+        self._residents[key] = live, recipe.digest
+        return live.model
 
     def _exported_dtype(self, recipe: Recipe) -> torch.dtype:
         """Return what `dtype="auto"` gives for the exported model: the config's, else the weights'."""

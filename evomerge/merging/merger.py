@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomerge.checkpoints.flows import flow_of
 from evomerge.checkpoints.layout import Layout
 from evomerge.checkpoints.source import Checkpoint
 from evomerge.checkpoints.writer import DTYPES as STORED
 from evomerge.errors import RecipeError
+from evomerge.merging.folding import folded
 from evomerge.merging.methods import KERNELS, Kernel, Sources, Values
 from evomerge.merging.outline import Output, outline
 from evomerge.recipe import Recipe, Setting, SourceRef, value_at
@@ -70,7 +72,7 @@ class Merger:
 
     def layers(self, recipe: Recipe) -> int:
         """Return the number of layers of the recipe's model."""
-        return sum(piece.count for piece in recipe.slices) or self.layout.num_layers
+        return sum(piece.count for piece in recipe.stack) or self.layout.num_layers
 
     def dtype_of(self, recipe: Recipe, name: str) -> torch.dtype:
         """Return the dtype that the merged tensor `name` is stored in; integers stay what they are."""
@@ -100,6 +102,10 @@ class Merger:
             result = torch.empty(first.shape, dtype=dtype, device=self._device)
         if not first.is_floating_point():
             result.copy_(first)
+        elif recipe.path is not None:
+            flow = flow_of(self._checkpoint(recipe.reference).config)
+            place = self.outputs(recipe)[name].place
+            result.copy_(folded(first, place, recipe.path, self.layout, flow))
         else:
             values = replace(work.values, whole=self._whole_of(recipe))
             KERNELS[recipe.method].merge(sources, work.prepared(), values, result)
@@ -166,7 +172,8 @@ class Merger:
 
 
 def _same_outline(one: Recipe, other: Recipe) -> bool:
-    return one.slices == other.slices and [r.name for r in one.refs] == [r.name for r in other.refs]
+    same = one.slices == other.slices and one.path == other.path
+    return same and [r.name for r in one.refs] == [r.name for r in other.refs]
 
 
 class _Work:

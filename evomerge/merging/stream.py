@@ -14,14 +14,15 @@ from torch import Tensor
 
 from evomerge.checkpoints.aligned import align
 from evomerge.checkpoints.layout import Layout, check_compatible, layout_of
-from evomerge.checkpoints.opening import open_checkpoint
 from evomerge.checkpoints.source import Checkpoint
 from evomerge.checkpoints.writer import DTYPES as WRITABLE
 from evomerge.checkpoints.writer import MAX_SHARD_BYTES, PlanEntry, Writer, check_target
 from evomerge.errors import CandidateError, SourceError, UserError
+from evomerge.merging.folding import check_path
 from evomerge.merging.loops import all_finite
 from evomerge.merging.merger import Merger
-from evomerge.merging.outline import Output, check_slices, outlined_config
+from evomerge.merging.nested import open_source
+from evomerge.merging.outline import Output, check_slices, outlined_config, path_config
 from evomerge.recipe import Recipe
 
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in WRITABLE.items()}
@@ -48,13 +49,14 @@ def open_sources(
         SourceError: One is missing or broken, or they do not fit together.
         RecipeError: A slice asks for layers that a source does not have.
     """
-    opened = {ref.name: open_checkpoint(ref.path, ref.revision, base_dir) for ref in recipe.refs}
+    opened = {ref.name: open_source(ref, base_dir) for ref in recipe.refs}
     if len(opened) > 1:
-        aligning, sliced = recipe.tokenizer is not None, bool(recipe.slices)
+        aligning, sliced = recipe.tokenizer is not None, bool(recipe.stack)
         for line in check_compatible(opened, aligning=aligning, sliced=sliced):
             notice(line)
-    if recipe.slices:
+    if recipe.stack:
         check_slices(recipe, {name: layout_of(found).num_layers for name, found in opened.items()})
+    check_path(recipe, opened)
     return opened
 
 
@@ -104,6 +106,7 @@ def write_model(
         CandidateError: The recipe's parameters have no merged model, or its dtype cannot hold it.
     """
     check_target(target)
+    check_path(recipe, checkpoints)
     checkpoints, vocabulary = align(checkpoints, recipe)
     for line in vocabulary.warnings:
         notice(line)
@@ -116,6 +119,10 @@ def write_model(
     with Writer(target, plan=plan, max_shard_bytes=max_shard_bytes) as writer:
         _write_tensors(writer, plan, merger, recipe, checkpoints, progress)
         config = merged_config(reference.config, recipe, merger.layout)
+        if recipe.path is not None:
+            counts = {name: layout_of(found).num_layers for name, found in checkpoints.items()}
+            configs = {name: found.config for name, found in checkpoints.items()}
+            config |= path_config(configs, recipe.path, counts)
         writer.add_json("config.json", vocabulary.config(config))
         generation = vocabulary.generation_config(reference)
         if generation is not None:

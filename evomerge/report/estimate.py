@@ -32,7 +32,11 @@ def estimate(config: RunConfig, base_dir: Path) -> dict[str, Any]:
     state = plan.space.method.state_bytes * first.num_parameters * len(config.sources.models)
     kept = state + (source_bytes if config.workers.device == "cuda" else 0)
     budget = kept if config.workers.memory_gib is None else config.workers.memory_gib * 2**30
-    memory = first.nbytes + min(kept, budget)
+    # Where paths are searched, every source is resident; a merge that is searched with them comes on top.
+    resident = source_bytes if config.space.kind in ("data_flow", "layer_edits") else first.nbytes
+    if config.space.kind == "joint":
+        resident += source_bytes
+    memory = resident + min(kept, budget)
     counts = {
         split: sum(len(ids) for ids in plan.document_sets().get(split, {}).values())
         for split in ("search", "select", "test")
@@ -49,7 +53,7 @@ def estimate(config: RunConfig, base_dir: Path) -> dict[str, Any]:
         "sources": ", ".join(plan.refs),
         "family": f"{plan.layout.family}, {plan.layout.num_layers} layers, "
         f"{first.num_parameters:,} parameters",
-        "space": f"{config.space.method}, {len(plan.space.dimensions)} dimensions",
+        "space": f"{plan.space.title}, {len(plan.space.dimensions)} dimensions",
         "optimizer": config.optimizer.name,
         "fitness": config.fitness.function or "; ".join(per_task),
         "documents": ", ".join(f"{n} {split}" for split, n in counts.items()),

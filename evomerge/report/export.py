@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from evomerge.checkpoints.layout import layout_of
 from evomerge.checkpoints.source import Checkpoint
 from evomerge.errors import RecipeError, StoreError
 from evomerge.mergekit_writer import to_mergekit
+from evomerge.merging.nested import MergedCheckpoint
 from evomerge.merging.stream import open_sources, write_model
 from evomerge.recipe import Recipe, parse_recipe
 from evomerge.report.summary import Summary
@@ -49,7 +50,7 @@ def export_candidate(
     recipe = stored.located(Path(run.facts["base_dir"]))
     opened = open_sources(recipe)
     for ref in recipe.refs:
-        if opened[ref.name].fingerprint != ref.fingerprint:
+        if opened[ref.name].fingerprint != ref.identity:
             raise StoreError(
                 f"source {ref.name} ({ref.path}) changed since the run: the export would not be the model "
                 "that was scored; restore it"
@@ -73,13 +74,23 @@ def mergekit_yaml(recipe: Recipe, opened: dict[str, Checkpoint]) -> str | None:
     return dump_yaml(config)
 
 
+def _source_cards(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> list[SourceCard]:
+    """Return what a card says of every checkpoint that a recipe reads, each once."""
+    cards: dict[str, SourceCard] = {}
+    for ref in recipe.refs:
+        found = opened[ref.name]
+        if ref.recipe is not None and isinstance(found, MergedCheckpoint):
+            below = _source_cards(ref.recipe, found.opened)
+        else:
+            license_ = read_license(found.path)
+            below = [SourceCard(ref.name, ref.path, ref.revision, ref.fingerprint or "", license_)]
+        for card in below:
+            cards.setdefault(card.fingerprint or card.location, card)
+    return list(cards.values())
+
+
 def _card(summary: Summary, number: int, recipe: Recipe, opened: dict[str, Checkpoint], name: str) -> str:
-    sources = [
-        SourceCard(
-            ref.name, ref.path, ref.revision, ref.fingerprint or "", read_license(opened[ref.name].path)
-        )
-        for ref in recipe.refs
-    ]
+    sources = _source_cards(recipe, opened)
     data = summary.to_json()
     winner = data["best"] is not None and data["best"]["candidate"] == number
     rows = []
@@ -96,7 +107,7 @@ def _card(summary: Summary, number: int, recipe: Recipe, opened: dict[str, Check
     return model_card(
         name=name,
         base_models=sources,
-        method=recipe.method,
+        method="data_flow" if recipe.path else recipe.method,
         recipe_yaml=recipe.to_yaml(),
         results=rows,
         gain=(gain["mean"], gain["low"], gain["high"]) if gain and gain["low"] is not None else None,

@@ -16,7 +16,7 @@ from evomerge.errors import ConfigError, nearest
 from evomerge.recipe import Recipe, RecipeSource, Rule, Scalar, Setting, SourceRef, parse_recipe, value_at
 from evomerge.records import Genome, Place, Role
 from evomerge.spaces.dimensions import Dimension, check_genome
-from evomerge.spaces.settings import ROLES, Granularity, SpaceSettings, Span
+from evomerge.spaces.settings import ROLES, Granularity, ParameterSettings, Span
 
 TOLERANCE = 1e-9
 
@@ -100,7 +100,7 @@ class ParameterSpace:
 
     def __init__(
         self,
-        settings: SpaceSettings,
+        settings: ParameterSettings,
         base: SourceRef | None,
         sources: Sequence[SourceRef],
         places: Sequence[Place],
@@ -118,6 +118,11 @@ class ParameterSpace:
         if not self.genes:
             raise ConfigError("space.parameters: nothing is free; give at least one a range")
         self.dimensions = tuple(self._dimension(gene) for gene in self.genes)
+
+    @property
+    def title(self) -> str:
+        """What it searches, for people."""
+        return self.method.name
 
     def decode(self, genome: Genome) -> Recipe:
         """Return the recipe of a genome.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from evomerge.catalogue import Parameter, method_named
-from evomerge.errors import RecipeError
+from evomerge.errors import RecipeError, nearest
 from evomerge.recipe import Dtype, Scalar, check_value
 from evomerge.records import Role
+from evomerge.spaces.dataflow_settings import DataFlowSettings, LayerEditsSettings
 from evomerge.strict import StrictModel
 
 ROLES: tuple[Role, ...] = ("attention", "mlp", "norm", "embedding", "head", "other")
@@ -85,11 +87,11 @@ class SeedSpan(StrictModel):
     count: int = Field(ge=2, le=1000)
 
 
-class SpaceSettings(StrictModel):
+class ParameterSettings(StrictModel):
     """The recipes that a run may try: one method, its parameters fixed or free.
 
     Attributes:
-        kind: Only `parameter`: coefficients of one method.
+        kind: `parameter`: coefficients of one method.
         method: A method of the catalogue.
         parameters: By name: a number, switch or choice holds it fixed, `{low, high}` or `{choices}` frees
             it; `free` takes the method's own range. What is left out keeps its default, except that
@@ -167,3 +169,62 @@ def _check_span(name: str, span: Scalar | Span, parameter: Parameter) -> None:
     for end, bound in (("low", span.low), ("high", span.high)):
         if bound is not None:
             check_value(bound, parameter, f"{where}.{end}")
+
+
+class JointSettings(StrictModel):
+    """Coefficients of a merge and a layer path, searched together: the path runs through the merged model.
+
+    The merge is a source of the path beside the models; it comes first, as the source `merge`.
+
+    Attributes:
+        kind: `joint`.
+        parameter: The merge, as in a space of this kind.
+        path: The path, as in a space of the kind `data_flow` or `layer_edits`.
+    """
+
+    kind: Literal["joint"]
+    parameter: Annotated[ParameterSettings, BeforeValidator(lambda data: _of_kind(data, ("parameter",)))]
+    path: Annotated[
+        DataFlowSettings | LayerEditsSettings,
+        BeforeValidator(lambda data: _of_kind(data, ("data_flow", "layer_edits"))),
+    ]
+
+    @property
+    def dtype(self) -> Dtype | None:
+        """Of the merged weights."""
+        return self.parameter.dtype
+
+    @property
+    def tokenizer(self) -> str | None:
+        """Name of the source that gives the tokenizer."""
+        return self.parameter.tokenizer
+
+    @property
+    def scaled(self) -> bool:
+        """Whether paths may have scales."""
+        return self.path.scaled
+
+
+KINDS: dict[str, type[StrictModel]] = {
+    "parameter": ParameterSettings,
+    "data_flow": DataFlowSettings,
+    "layer_edits": LayerEditsSettings,
+    "joint": JointSettings,
+}
+"""Kind of space to its settings."""
+
+
+def _of_kind(data: Any, kinds: Collection[str] = KINDS) -> Any:
+    """Read a section as settings of its kind, so that faults are told of that kind alone."""
+    if not isinstance(data, dict):
+        return data
+    kind = data.get("kind", "parameter" if "parameter" in kinds else None)
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f'kind: unknown kind of space "{kind}"{nearest(str(kind), kinds)}')
+    return KINDS[kind].model_validate(data)
+
+
+SpaceSettings = Annotated[
+    ParameterSettings | DataFlowSettings | LayerEditsSettings | JointSettings, BeforeValidator(_of_kind)
+]
+"""The section as settings of any kind; a union of the kinds."""

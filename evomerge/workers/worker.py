@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from evomerge.checkpoints.opening import open_checkpoint
 from evomerge.errors import CandidateError, EvomergeError
 from evomerge.fitness.function import evaluate_function, load_function
 from evomerge.fitness.harness import Evaluation, Harness
 from evomerge.fitness.racing import Race
 from evomerge.fitness.tasks import TaskSet
 from evomerge.merging.live import LiveModel
+from evomerge.merging.nested import open_source
 from evomerge.recipe import Recipe, parse_recipe
 from evomerge.records import DocumentSet, Outcome
 from evomerge.workers.pool import Job
@@ -38,7 +38,7 @@ class Worker:
         torch.set_num_threads(spec.threads)
         self._spec = spec
         base_dir = Path(spec.base_dir)
-        opened = {ref.name: open_checkpoint(ref.path, ref.revision, base_dir) for ref in spec.sources}
+        opened = {ref.name: open_source(ref, base_dir) for ref in spec.sources}
         for checkpoint in opened.values():
             checkpoint.scan_finite()
         device = spec.device

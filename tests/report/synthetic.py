@@ -14,7 +14,7 @@ from evomerge.fitness.selection import kept_baselines, search_score
 from evomerge.recipe import Recipe, SourceRef, parse_recipe
 from evomerge.records import Candidate, DocumentSet, Genome, Outcome, Place, TaskScore
 from evomerge.spaces.parameter import ParameterSpace
-from evomerge.spaces.settings import SpaceSettings
+from evomerge.spaces.settings import ParameterSettings
 from evomerge.store import Run, Store
 
 COUNTS = {"search": 40, "select": 60, "test": 120}
@@ -73,7 +73,7 @@ class Made:
             for i, n in enumerate(("base", *self.sources))
         ]
         self.refs = {ref.name: ref for ref in refs}
-        settings = SpaceSettings.model_validate(dict(self.space))
+        settings = ParameterSettings.model_validate(dict(self.space))
         self.decoder = ParameterSpace(settings, refs[0], refs[1:], places(self.layers), self.layers)
         self.rules = {
             t: TaskRule(

@@ -11,7 +11,7 @@ from evomerge.errors import ConfigError
 from evomerge.recipe import SourceRef, parse_recipe, value_at
 from evomerge.records import Place
 from evomerge.spaces.parameter import ParameterSpace
-from evomerge.spaces.settings import SpaceSettings
+from evomerge.spaces.settings import ParameterSettings
 from evomerge.strict import validated
 
 BASE = SourceRef(name="base", path="./base", fingerprint="0" * 64)
@@ -34,7 +34,7 @@ def sources(count):
 
 
 def space(data, count=2, layers=4, *, tied=False):
-    settings = validated(SpaceSettings, {"method": "ties", **data}, "space", ConfigError)
+    settings = validated(ParameterSettings, {"method": "ties", **data}, "space", ConfigError)
     needs_base = CATALOGUE[settings.method].needs_base
     return ParameterSpace(
         settings, BASE if needs_base else None, sources(count), places(layers, tied=tied), layers
@@ -375,7 +375,7 @@ def test_sources_are_matched_by_content_whatever_their_names_and_order():
 
 def test_two_sources_of_equal_content_keep_their_own_values():
     twins = [SourceRef(name=name, path="./x", fingerprint="1" * 64) for name in ("one", "two")]
-    settings = SpaceSettings(method="linear")
+    settings = ParameterSettings(method="linear")
     found = ParameterSpace(settings, None, twins, places(4), 4)
     genome = (0.2, 0.7)
     assert found.encode(found.decode(genome)) == (genome, True)
