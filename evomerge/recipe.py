@@ -35,6 +35,7 @@ from pydantic import Field, field_validator, model_validator
 from evomerge.catalogue import Method, Scope, method_named
 from evomerge.errors import RecipeError
 from evomerge.rules import Rule, Scalar, Setting, check_value, rules_of, value_at
+from evomerge.segments import SegmentTable, check_segments, identity
 from evomerge.strict import StrictModel, canonical_json, dump_yaml, read_yaml, validated
 from evomerge.tokens import UNION, ModelToken, TokenRow, ZeroRow
 
@@ -46,6 +47,7 @@ __all__ = [
     "RecipeSource",
     "Rule",
     "Scalar",
+    "SegmentTable",
     "Setting",
     "Slice",
     "SourceRef",
@@ -129,6 +131,8 @@ class Recipe(StrictModel):
             None: the tokenizer's own.
         slices: The layers of the merged model from first to last; empty: every layer of every source, in
             place. Embedding, head and final norm come from the sources of the first and the last slice.
+        segments: In place of weights, for the method `linear`: coefficients of the sources by segments of the
+            flattened parameters; empty: none.
         dtype: Of the merged weights; None: each tensor keeps the dtype it has in the base, else first source.
     """
 
@@ -143,6 +147,7 @@ class Recipe(StrictModel):
     pad_to_multiple_of: int | None = Field(default=None, ge=1, le=2**16)
     chat_template: str | None = Field(default=None, min_length=1)
     slices: tuple[Slice, ...] = ()
+    segments: tuple[SegmentTable, ...] = ()
     dtype: Dtype | None = None
 
     @field_validator("parameters", mode="before")
@@ -150,12 +155,18 @@ class Recipe(StrictModel):
     def _long_form(cls, data: Any) -> Any:
         return {key: rules_of(key, value) for key, value in data.items()} if isinstance(data, dict) else data
 
+    @field_validator("segments")
+    @classmethod
+    def _canonical(cls, tables: tuple[SegmentTable, ...]) -> tuple[SegmentTable, ...]:
+        return tuple(table.merged() for table in tables)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         try:
             method = method_named(self.method)
             self._check_sources(method)
             self._check_slices(method)
+            self._check_segments(method)
             _complete(self.parameters, method, "method", "parameters")
             for source in self.sources:
                 _complete(source.parameters, method, "source", f"sources.{source.name}.parameters")
@@ -215,6 +226,22 @@ class Recipe(StrictModel):
         if self.slices and used != set(known):
             raise RecipeError(f'slices: no slice has layers of "{next(n for n in known if n not in used)}"')
 
+    def _check_segments(self, method: Method) -> None:
+        if not self.segments:
+            return
+        if method.name != "linear":
+            raise RecipeError(f"segments: are coefficients of the method linear, not of {method.name}")
+        if self.slices:
+            raise RecipeError("segments: go with whole models; leave out slices")
+        given = [name for name, settings in self._given().items() if _chosen(settings, method)]
+        if given:
+            raise RecipeError(f"{given[0]}: segments stand in place of weights; leave the parameters out")
+        check_segments(self.segments, [source.name for source in self.sources])
+
+    def _given(self) -> dict[str, dict[str, Setting]]:
+        owners = {f"sources.{source.name}.parameters": source.parameters for source in self.sources}
+        return {"parameters": self.parameters, **owners}
+
     @property
     def refs(self) -> tuple[SourceRef, ...]:
         """Every checkpoint it reads: the base, if any, then the sources."""
@@ -246,6 +273,8 @@ class Recipe(StrictModel):
         content |= {key: value for key, value in given.items() if value is not None}
         if self.slices:
             content["slices"] = [[piece.layers.get(ref.name) for ref in self.refs] for piece in self.slices]
+        if self.segments:
+            content["segments"] = identity(self.segments)
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
     def located(self, base_dir: Path) -> Recipe:
@@ -273,7 +302,7 @@ class Recipe(StrictModel):
         """Return plain data that `Recipe.model_validate` takes back."""
         data: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
         data["parameters"] = _plain(self.parameters)
-        for key in ("slices", "tokens"):
+        for key in ("slices", "tokens", "segments"):
             if not data[key]:
                 del data[key]
         for source, written in zip(self.sources, data["sources"], strict=True):

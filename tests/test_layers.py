@@ -18,7 +18,7 @@ LAYERS = (
     ("merging", "fitness"),
     ("spaces", "optimizers", "store", "checkpoints"),
     (
-        *("recipe", "rules", "slices", "tokens", "catalogue", "records", "strict"),
+        *("recipe", "rules", "segments", "slices", "tokens", "catalogue", "records", "strict"),
         *("mergekit", "mergekit_evolve", "mergekit_filters", "mergekit_methods", "mergekit_models"),
         *("mergekit_slices", "mergekit_tokens", "mergekit_writer"),
     ),
