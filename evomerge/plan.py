@@ -24,6 +24,7 @@ from evomerge.optimizers import Optimizer, create
 from evomerge.recipe import Recipe, SourceRef, parse_recipe
 from evomerge.records import SPLITS, DocumentSet, Genome
 from evomerge.spaces.making import make_space
+from evomerge.spaces.segments import SegmentSpace
 from evomerge.strict import canonical_json, read_text
 from evomerge.workers.settings import WorkerSpec
 
@@ -77,12 +78,13 @@ class Plan:
             [self.refs[ref.name] for ref in config.sources.models],
             list(self.layout.places.values()),
             self.layout.num_layers,
+            self.checkpoints,
         )
         self._check_space()
-        self.optimizer()
         self.seeded = self._seeded()
         self._check_function()
         self.tasks = TaskSet(config.fitness, config.seed, base_dir) if config.fitness.tasks else None
+        self.optimizer()
 
     def _check_function(self) -> None:
         """Look for the fitness callable without importing it, which may load torch."""
@@ -122,7 +124,19 @@ class Plan:
     def optimizer(self, start: Genome | None = None) -> Optimizer:
         """Return the config's optimizer at its beginning."""
         wanted = self.config.optimizer
-        return create(wanted.name, self.space.dimensions, self.config.seed, wanted.settings, start)
+        more = self._for_niches() if wanted.name == "niches" else {}
+        return create(wanted.name, self.space.dimensions, self.config.seed, wanted.settings, start, **more)
+
+    def _for_niches(self) -> dict[str, Any]:
+        """Return what the optimizer niches takes besides: it looks at documents, and at segments."""
+        for name, rule in self.rules.items():
+            if rule.kind != "mean" or not rule.higher_is_better:
+                raise ConfigError(
+                    f"fitness.tasks: niches need scores from 0 to 1, but {name} has {rule.metric} "
+                    "(no mean, or lower is better); choose another metric or optimizer"
+                )
+        weights = {name: rule.weight for name, rule in self.rules.items()} or None
+        return {"weights": weights, "coding": self.space if isinstance(self.space, SegmentSpace) else None}
 
     def _seeded(self) -> tuple[Seeded, ...]:
         """Return the baselines and the recipes to start from, in the order in which they are scored."""

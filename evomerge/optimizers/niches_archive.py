@@ -131,14 +131,14 @@ class EliteGrid:
 
     def fitness(self) -> Array:
         """Return the plain scores of all who live."""
-        return np.array([self._quality(number) for number in self._numbers])
+        return plain_fitness(self.scores, self._weights)
 
     def add(self, number: int, scores: Array) -> int | None:
         """Take in an individual if it is better than the one in its cell, who then leaves."""
         means = (float(scores[group].mean()) for group in self._groups)
         cell = tuple(min(int(self._side * mean), self._side - 1) for mean in means)
         held = self._cells.get(cell)
-        if held is not None and float(scores @ self._weights) <= self._quality(held):
+        if held is not None and self._quality(scores) <= self._quality(self._known[held]):
             return number
         self._cells[cell] = number
         self._known[number] = np.array(scores)
@@ -153,8 +153,8 @@ class EliteGrid:
         fitness = self.fitness()
         return self._numbers[draw(fitness, random)], self._numbers[draw(fitness, random)]
 
-    def _quality(self, number: int) -> float:
-        return float(self._known[number] @ self._weights)
+    def _quality(self, scores: Array) -> float:
+        return float((scores * self._weights).sum())
 
 
 def draw(chances: Array, random: np.random.Generator, other_than: int | None = None) -> int:

@@ -15,7 +15,7 @@ Array = NDArray[np.float64]
 
 def plain_fitness(scores: Array, weights: Array) -> Array:
     """Return each individual's weighted sum of scores, which nobody shares."""
-    return np.asarray(scores @ weights)
+    return _dots(scores, weights)
 
 
 def shared_fitness(scores: Array, weights: Array, alpha: float) -> Array:
@@ -29,7 +29,7 @@ def shared_fitness(scores: Array, weights: Array, alpha: float) -> Array:
         weights: (documents,).
         alpha: How strongly rivals count: 0 not at all, 1 shares the document, above 1 they fight for it.
     """
-    return np.asarray(scores @ (weights * _worth(scores, alpha)))
+    return _dots(scores, weights * _worth(scores, alpha))
 
 
 def attraction(scores: Array, weights: Array, parent: int) -> Array:
@@ -38,7 +38,15 @@ def attraction(scores: Array, weights: Array, parent: int) -> Array:
     Documents count for more where few solve them. It is 0 for the parent itself.
     """
     gain = np.maximum(scores - scores[parent], 0.0)
-    return np.asarray(gain @ (weights * _worth(scores, 1.0)))
+    return _dots(gain, weights * _worth(scores, 1.0))
+
+
+def _dots(rows: Array, numbers: Array) -> Array:
+    """Return the products of rows with numbers; equal rows give equal results, on any processor.
+
+    A library's matrix product adds up some rows in another order than others, and so breaks ties at random.
+    """
+    return np.asarray((rows * numbers).sum(axis=1))
 
 
 def _worth(scores: Array, alpha: float) -> Array:
