@@ -171,9 +171,11 @@ class Niches(SteadyOptimizer):
         left = self._evolution.add(index, table, row)
         if left is not None:
             self.left[left] = index
-        scores = self._evolution.archive.scores
-        alike = len(scores) > 1 and bool((scores == scores[0]).all())
-        if alike and not self._alike and len(scores) >= self.settings.size:
+        self._note_if_alike(index, self._evolution.archive.scores)
+
+    def _note_if_alike(self, index: int, scores: Array) -> None:
+        alike = len(scores) >= self.settings.size and bool((scores == scores[0]).all())
+        if alike and not self._alike:
             self._notes.append(
                 f"after candidate {index} all {len(scores)} of the archive answer alike: parents drawn evenly"
             )
