@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from evomerge.optimizers.niches_sharing import Array, attraction, plain_fitness, shared_fitness
+from evomerge.optimizers.niches_sharing import Array, attraction, plain_fitness, worth
 
 
 class Archive(Protocol):
@@ -58,6 +58,7 @@ class NicheArchive:
         self._alpha, self._competition, self._attracted = alpha, competition, attraction
         self._numbers: list[int] = []
         self._rows = np.zeros((size + 1, len(weights)))
+        self._worths: dict[float, Array] = {}
         self._fitness: Array | None = None
 
     @property
@@ -73,17 +74,20 @@ class NicheArchive:
     def fitness(self) -> Array:
         """Return the fitness of all who live."""
         if self._fitness is None:
-            self._fitness = self._valued(self.scores)
+            shared = self._competition == "shared"
+            worths = self._worth_at(self._alpha) if shared else self._weights
+            self._fitness = plain_fitness(self.scores, worths)
         return self._fitness
 
     def add(self, number: int, scores: Array) -> int | None:
         """Take in an individual; of the least fit the one who came first leaves."""
         self._rows[len(self._numbers)] = scores
         self._numbers.append(number)
-        self._fitness = None
+        self._forget()
         if len(self._numbers) <= self._size:
             return None
-        least = int(np.argmin(self._valued(self._rows)))
+        least = int(np.argmin(self.fitness()))
+        self._forget()
         self._rows[least:-1] = self._rows[least + 1 :].copy()
         return self._numbers.pop(least)
 
@@ -91,15 +95,19 @@ class NicheArchive:
         """Draw one by fitness, and the other by attraction, else by fitness too."""
         first = draw(self.fitness(), random)
         if self._attracted:
-            second = draw(attraction(self.scores, self._weights, first), random, other_than=first)
+            drawn_by = attraction(self.scores, self._worth_at(1.0), first)
+            second = draw(drawn_by, random, other_than=first)
         else:
             second = draw(self.fitness(), random)
         return self._numbers[first], self._numbers[second]
 
-    def _valued(self, scores: Array) -> Array:
-        if self._competition == "none":
-            return plain_fitness(scores, self._weights)
-        return shared_fitness(scores, self._weights, self._alpha)
+    def _worth_at(self, alpha: float) -> Array:
+        if alpha not in self._worths:
+            self._worths[alpha] = worth(self.scores, self._weights, alpha)
+        return self._worths[alpha]
+
+    def _forget(self) -> None:
+        self._fitness, self._worths = None, {}
 
 
 class EliteGrid:

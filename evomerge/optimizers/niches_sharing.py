@@ -14,12 +14,15 @@ Array = NDArray[np.float64]
 
 
 def plain_fitness(scores: Array, weights: Array) -> Array:
-    """Return each individual's weighted sum of scores, which nobody shares."""
-    return _dots(scores, weights)
+    """Return each individual's weighted sum of scores; equal rows give equal sums, on any processor.
+
+    A library's matrix product adds up some rows in another order than others, and so breaks ties at random.
+    """
+    return np.asarray((scores * weights).sum(axis=1))
 
 
-def shared_fitness(scores: Array, weights: Array, alpha: float) -> Array:
-    """Return `f_i = sum_j weight_j s_ij c_j / z_j**alpha` for every individual.
+def worth(scores: Array, weights: Array, alpha: float) -> Array:
+    """Return `weight_j c_j / z_j**alpha`: what a document gives to each who solves it, (documents,).
 
     `z_j` is the sum of all scores on document j and `c_j` its capacity. A document that nobody solves at all
     gives nothing to anyone, where the formula says 0/0.
@@ -29,31 +32,27 @@ def shared_fitness(scores: Array, weights: Array, alpha: float) -> Array:
         weights: (documents,).
         alpha: How strongly rivals count: 0 not at all, 1 shares the document, above 1 they fight for it.
     """
-    return _dots(scores, weights * _worth(scores, alpha))
+    total, capacity = scores.sum(axis=0), scores.max(axis=0)
+    rivals = np.where(total > 0.0, total, 1.0)  # where nobody solves anything, the capacity is 0
+    return np.asarray(weights * (capacity / (rivals if alpha == 1.0 else rivals**alpha)))
 
 
-def attraction(scores: Array, weights: Array, parent: int) -> Array:
+def shared_fitness(scores: Array, weights: Array, alpha: float) -> Array:
+    """Return `f_i = sum_j weight_j s_ij c_j / z_j**alpha` for every individual; see `worth`."""
+    return plain_fitness(scores, worth(scores, weights, alpha))
+
+
+def attraction(scores: Array, shared: Array, parent: int) -> Array:
     """Return `g_B = sum_j weight_j c_j / z_j max(s_Bj - s_Aj, 0)`: what each B could add to the parent A.
 
     Documents count for more where few solve them. It is 0 for the parent itself.
+
+    Args:
+        scores: (individuals, documents).
+        shared: The documents' `worth` at alpha 1.
+        parent: The row of A.
     """
-    gain = np.maximum(scores - scores[parent], 0.0)
-    return _dots(gain, weights * _worth(scores, 1.0))
-
-
-def _dots(rows: Array, numbers: Array) -> Array:
-    """Return the products of rows with numbers; equal rows give equal results, on any processor.
-
-    A library's matrix product adds up some rows in another order than others, and so breaks ties at random.
-    """
-    return np.asarray((rows * numbers).sum(axis=1))
-
-
-def _worth(scores: Array, alpha: float) -> Array:
-    """Return every document's capacity over the sum of its scores to the power of alpha."""
-    total, capacity = scores.sum(axis=0), scores.max(axis=0)
-    rivals = np.where(total > 0.0, total, 1.0)  # where nobody solves anything, the capacity is 0
-    return np.asarray(capacity / (rivals if alpha == 1.0 else rivals**alpha))
+    return plain_fitness(np.maximum(scores - scores[parent], 0.0), shared)
 
 
 def coverage(scores: Array) -> float:

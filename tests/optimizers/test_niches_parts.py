@@ -15,7 +15,14 @@ from hypothesis.extra import numpy as arrays
 from evomerge.optimizers.niches_archive import EliteGrid, NicheArchive, draw
 from evomerge.optimizers.niches_crossover import Angle, Cut, cross, draw_cuts
 from evomerge.optimizers.niches_evolution import Evolution
-from evomerge.optimizers.niches_sharing import attraction, coverage, entropy, plain_fitness, shared_fitness
+from evomerge.optimizers.niches_sharing import (
+    attraction,
+    coverage,
+    entropy,
+    plain_fitness,
+    shared_fitness,
+    worth,
+)
 from evomerge.seeding import stream
 from evomerge.spaces.cells import Cells, Chromosome
 
@@ -39,9 +46,9 @@ def test_shared_fitness_is_the_formula(scores: Any, alpha: float) -> None:
 
 @given(matrices)
 def test_attraction_is_the_formula_and_nobody_attracts_himself(scores: Any) -> None:
-    weights = np.ones(scores.shape[1])
+    shared = worth(scores, np.ones(scores.shape[1]), 1.0)
     for a in range(len(scores)):
-        found = attraction(scores, weights, a)
+        found = attraction(scores, shared, a)
         assert found[a] == 0.0
         for b in range(len(scores)):
             want = sum(
