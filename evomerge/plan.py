@@ -21,6 +21,7 @@ from evomerge.fitness.scoring import TaskRule
 from evomerge.fitness.tasks import TaskSet
 from evomerge.mergekit import read_any_recipe
 from evomerge.optimizers import Optimizer, create
+from evomerge.population import founders, read_population
 from evomerge.recipe import Recipe, SourceRef, parse_recipe
 from evomerge.records import SPLITS, DocumentSet, Genome
 from evomerge.spaces.making import make_space
@@ -136,7 +137,17 @@ class Plan:
                     "(no mean, or lower is better); choose another metric or optimizer"
                 )
         weights = {name: rule.weight for name, rule in self.rules.items()} or None
-        return {"weights": weights, "coding": self.space if isinstance(self.space, SegmentSpace) else None}
+        coding = self.space if isinstance(self.space, SegmentSpace) else None
+        return {"weights": weights, "coding": coding, "founders": self._founders}
+
+    @cached_property
+    def _founders(self) -> list[Genome]:
+        """The individuals of the population that the optimizer begins from."""
+        path = self.config.optimizer.settings.get("founders")
+        if path is None:
+            return []
+        sources = [self.refs[ref.name] for ref in self.config.sources.models]
+        return founders(read_population(self.base_dir / path), self.space, sources)
 
     def _seeded(self) -> tuple[Seeded, ...]:
         """Return the baselines and the recipes to start from, in the order in which they are scored."""
@@ -219,7 +230,13 @@ class Plan:
 
     def facts(self) -> dict[str, Any]:
         """Return what must not change while the run lasts, and what people will want to know."""
+        more: dict[str, Any] = {}
+        if isinstance(self.space, SegmentSpace):
+            more["chromosomes"] = self.space.facts()
+        if self.config.optimizer.settings.get("founders") is not None:
+            more["founders"] = [list(genome) for genome in self._founders]
         return {
+            **more,
             "sources": {name: ref.model_dump(exclude_none=True) for name, ref in self.refs.items()},
             "fitness": self.fitness_digest,
             "space": [[d.label, d.kind, d.size] for d in self.space.dimensions],
@@ -261,6 +278,8 @@ def drift(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         )
     if [list(d) for d in before["space"]] != now["space"]:
         changed.append("the space has other dimensions than at the start")
+    if before.get("founders") != now.get("founders"):
+        changed.append("the population that the run began from is another one now")
     return changed
 
 

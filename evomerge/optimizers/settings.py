@@ -151,7 +151,7 @@ class NichesSettings(Settings):
     documents: Literal["by_task", "equal"] = _setting(
         "by_task", "weight of a document: its task's weight over the task's documents, or all alike"
     )
-    population: str | None = _setting(
+    founders: str | None = _setting(
         None, "file of `evomerge population export`, whose individuals are founders too"
     )
 
@@ -192,6 +192,8 @@ def _check_type(name: str, value: object, hint: Any) -> None:
     elif float in parts:
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         _check(name, repr(value), number, "a finite number")
+    elif str in parts:
+        _check(name, repr(value), isinstance(value, str) and bool(value), "a text")
     elif bool in parts:
         _check(name, repr(value), isinstance(value, bool), "true or false")
     else:

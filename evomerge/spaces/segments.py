@@ -8,8 +8,7 @@ starts where the one before it ends. Only the optimizer `niches` varies such gen
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -238,11 +237,21 @@ class SegmentSpace:
     def _grams(self) -> Grams:
         return grams(self._checkpoints, self._parts)
 
-    @cached_property
-    def depth_of_cells(self) -> list[Mapping[str, Any]]:
-        """For each cell its layer (None outside), role and number of entries, for a map over depth."""
-        places = {place.name: place for place in self._places}
-        return [
-            {"layer": places[name].layer, "role": places[name].role, "entries": stop - start}
-            for name, start, stop in self._parts
-        ]
+    @property
+    def chromosomes(self) -> tuple[tuple[Role, ...], ...]:
+        """Roles of each chromosome; an empty one takes the rest."""
+        return tuple(self._roles)
+
+    @property
+    def entries(self) -> tuple[int, ...]:
+        """Entries of each chromosome."""
+        return self._counts
+
+    def facts(self) -> list[dict[str, Any]]:
+        """Return for each chromosome its roles, its entries, and layer, role and entries of its tensors."""
+        found = []
+        for table, (roles, count) in enumerate(zip(self._roles, self._counts, strict=True)):
+            inside = [p for p in self._places if self._table_of[p.name] == table]
+            tensors = [[place.layer, place.role, self._sizes[place.name]] for place in inside]
+            found.append({"roles": list(roles), "entries": count, "tensors": tensors})
+        return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 from evomerge.checkpoints.layout import layout_of
 from evomerge.checkpoints.source import Checkpoint
 from evomerge.store import Store
+from tests.checkpoints.tiny import make_llama
 from tests.e2e.test_resume import SLOW, kill
 from tests.e2e.world import evomerge, history, make_world, start, wait_for_outcomes, write_config
 
@@ -87,6 +90,86 @@ def test_two_workers_are_recorded_in_order_of_arrival_and_resumed(world: Path, t
     assert after["status"] == "finished"
 
 
+def population(world: Path, run: str, store: str) -> dict[str, Any]:
+    done = evomerge(world, "population", run, "--store", store, "--json")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_a_population_is_shown_with_what_each_brings(world: Path) -> None:
+    found = population(world, "seg", "whole.db")
+    table = evomerge(world, "population", "seg", "--store", "whole.db")
+    assert table.returncode == 0
+    with Store.open(world / "whole.db", create=False) as opened:
+        view = opened.run("seg")
+        proposed = {c.number: c for c in view.candidates() if c.index is not None}
+        values = {n: view.outcome(n, "search").values["near"] for n in proposed}  # type: ignore[union-attr]
+    living = {one["candidate"]: one for one in found["individuals"]}
+    assert len(living) == 5
+    assert [round(sum(v) / 40, 9) for v in (values[n] for n in living)] == [
+        round(one["score"], 9) for one in living.values()
+    ]
+    solved = {n: {i for i, value in enumerate(values[n]) if value} for n in living}
+    for number, one in living.items():
+        others = set().union(*(solved[n] for n in living if n != number))
+        assert one["documents_alone"] == len(solved[number] - others)
+        assert all(parent in proposed and parent < number for parent in one["parents"])
+        assert str(number) in table.stdout
+    assert found["coverage"] == len(set().union(*solved.values())) / 40
+    assert sum(one["fitness_share"] for one in living.values()) == pytest.approx(1.0)
+    assert [row["told"] for row in found["curve"]] == list(range(1, 25))
+    assert found["curve"][-1]["coverage"] == found["coverage"]
+
+
+def test_another_run_begins_from_a_population_with_a_new_source(world: Path, tmp_path: Path) -> None:
+    file, store = tmp_path / "population.json", str(tmp_path / "warm.db")
+    models = tmp_path / "models"
+    done = evomerge(
+        world,
+        *("population", "export", "seg", str(file), "--store", "whole.db"),
+        *("--models", str(models), "--count", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list(models.glob("model-*/model.safetensors"))) == 2
+    again = evomerge(world, "population", "export", "seg", str(file), "--store", "whole.db")
+    assert again.returncode == 2
+    assert "it exists" in again.stderr
+    make_llama(world / "three", seed=9, layers=3, vocab=96)
+    changes = {
+        **SEGMENTS,
+        "name": "warm",
+        "sources": {"models": ["./two", "./three", "./base", "./one"]},
+        "optimizer": {"name": "niches", "size": 8, "warm_up": 9, "founders": str(file)},
+        "budget": {"evaluations": 16, "finalists": 2},
+    }
+    write_config(world, "warm.yaml", **changes)
+    done = evomerge(world, "run", "warm.yaml", "--store", store)
+    assert done.returncode == 0, done.stderr
+    before = {one["candidate"]: one for one in population(world, "seg", "whole.db")["individuals"]}
+    with Store.open(world / "whole.db", create=False) as opened:
+        outcomes = {n: opened.run("seg").outcome(n, "search") for n in before}
+    with Store.open(Path(store), create=False) as opened:
+        view = opened.run("warm")
+        founders = [c for c in view.candidates() if c.index is not None and 4 <= c.index < 9]
+        for old, new in zip(before, founders, strict=True):
+            assert view.outcome(new.number, "search").values == outcomes[old].values  # type: ignore[union-attr]
+    assert len(population(world, "warm", store)["individuals"]) == 8
+    write_config(world, "foreign.yaml", **{**changes, "sources": {"models": ["./two", "./three", "./base"]}})
+    refused = evomerge(world, "validate", "foreign.yaml")
+    assert refused.returncode == 2
+    assert "its source one (fingerprint " in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    mapped = tmp_path / "mapped.json"
+    arguments = ("population", "import", str(file), "foreign.yaml", str(mapped))
+    assert evomerge(world, *arguments).returncode == 2
+    done = evomerge(world, *arguments, "--map", "one=three")
+    assert done.returncode == 0, done.stderr
+    assert "three is new: in the place of another" in done.stdout
+    checked = evomerge(world, "validate", "foreign.yaml", "--set", f"optimizer.founders={mapped}")
+    assert checked.returncode == 0, checked.stderr
+
+
 REFUSED = {
     "another optimizer": (
         {"optimizer": {"name": "cma_es"}},
@@ -99,6 +182,14 @@ REFUSED = {
     "mutation": ({"optimizer": {"name": "niches", "mutation": 0.1}}, "optimizer.mutation"),
     "unknown split": ({"space": {"kind": "segments", "splits": "word"}}, "space.splits"),
     "a method": ({"space": {"kind": "segments", "method": "ties"}}, 'unknown key "method"'),
+    "no population": (
+        {"optimizer": {"name": "niches", "founders": "none.json"}},
+        "none.json: No such file",
+    ),
+    "a population that is none": (
+        {"optimizer": {"name": "niches", "founders": "seg.yaml"}},
+        "seg.yaml: no JSON",
+    ),
     "no niches": ({"optimizer": {"name": "nichs"}}, 'did you mean "niches"?'),
 }
 
@@ -121,3 +212,12 @@ def test_scores_that_cannot_be_shared_end_the_run_in_one_line(world: Path, tmp_p
     assert done.returncode == 2
     assert "optimizer niches needs scores from 0 to 1: task near has -" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_other_runs_have_no_population(world: Path, tmp_path: Path) -> None:
+    write_config(world, "plain.yaml", name="plain", budget={"evaluations": 4, "finalists": 1})
+    store = str(tmp_path / "plain.db")
+    assert evomerge(world, "run", "plain.yaml", "--store", store).returncode == 0
+    done = evomerge(world, "population", "plain", "--store", store)
+    assert done.returncode == 2
+    assert "only runs of the optimizer niches have a population" in done.stderr
