@@ -162,7 +162,7 @@ def progress(
         _lines(axes, baselines, (low, high), height - 56, right - 14)
         return figure
 
-    return _both(paint, "progress", label)
+    return both(paint, "progress", label)
 
 
 def coefficients(panels: Sequence[Panel], label: str) -> Drawing:
@@ -175,7 +175,7 @@ def coefficients(panels: Sequence[Panel], label: str) -> Drawing:
         figure = Figure(figsize=(width / 72, rows * row_height / 72))
         for index, panel in enumerate(panels):
             row, column = divmod(index, columns)
-            axes = _cell(figure, column * cell + 42, row * row_height + 26, cell - 54, row_height - 26 - 42)
+            axes = axes_at(figure, column * cell + 42, row * row_height + 26, cell - 54, row_height - 26 - 42)
             values = [v for p in panels if p.scale == panel.scale for _, line in p.lines for v in line]
             span = (max(values) - min(values)) or 1.0
             axes.set(ylim=(min(values) - 0.08 * span, max(values) + 0.08 * span))
@@ -187,7 +187,7 @@ def coefficients(panels: Sequence[Panel], label: str) -> Drawing:
                 axes.plot(range(len(line)), line, color=look.ink, lw=1.6, mec="none", **marked)
         return figure
 
-    return _both(paint, "coefficients", label)
+    return both(paint, "coefficients", label)
 
 
 def tasks(groups: Sequence[TaskRows], label: str) -> Drawing:
@@ -204,12 +204,12 @@ def tasks(groups: Sequence[TaskRows], label: str) -> Drawing:
         left = 14.0 if title else 24.0 + 7.0 * min(38, max(map(len, names)))
         top = 20.0
         for group, height in zip(groups, heights, strict=True):
-            axes = _cell(figure, left, top, width - left - 16, height)
+            axes = axes_at(figure, left, top, width - left - 16, height)
             _task_panel(axes, group, row, title, int(width / 6.5) if title else 38)
             top += height + 60
         return figure
 
-    return _both(paint, "tasks", label)
+    return both(paint, "tasks", label)
 
 
 def gains(rows: Sequence[tuple[str, Estimate]], label: str) -> Drawing:
@@ -239,7 +239,7 @@ def gains(rows: Sequence[tuple[str, Estimate]], label: str) -> Drawing:
         axes.spines.left.set_visible(False)
         return figure
 
-    return _both(paint, "gains", label)
+    return both(paint, "gains", label)
 
 
 def _task_panel(axes: Any, group: TaskRows, row: float, title: float, letters: int) -> None:
@@ -348,10 +348,10 @@ def _axes(
     width: int, height: float, left: float, right: float, top: float, bottom: float
 ) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width / 72, height / 72))
-    return figure, _cell(figure, left, top, width - left - right, height - top - bottom)
+    return figure, axes_at(figure, left, top, width - left - right, height - top - bottom)
 
 
-def _cell(figure: Any, left: float, top: float, width: float, height: float) -> Any:
+def axes_at(figure: Any, left: float, top: float, width: float, height: float) -> Any:
     """Add axes at a place in units of the SVG, from its upper left corner."""
     full_width, full_height = (float(side) * 72 for side in figure.get_size_inches())
     bottom = full_height - top - height
@@ -360,7 +360,8 @@ def _cell(figure: Any, left: float, top: float, width: float, height: float) -> 
     )
 
 
-def _both(paint: Callable[[int], Figure], key: str, label: str) -> Drawing:
+def both(paint: Callable[[int], Figure], key: str, label: str) -> Drawing:
+    """Return a figure for wide pages and for phones; no other figure of a page has its key."""
     return Drawing(*(_svg(paint, width, f"{key}-{width}", label) for width in (820, 350)))
 
 
