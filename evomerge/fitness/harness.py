@@ -12,8 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evomerge.errors import CandidateError, FitnessError
-from evomerge.fitness.engine import Engine, Plan, TokenRequest
+from evomerge.fitness.batches import Plan
+from evomerge.fitness.encoding import TokenRequest
+from evomerge.fitness.engine import Engine
 from evomerge.fitness.greedy import is_plain_greedy
+from evomerge.fitness.measures import (
+    GOLD_LOGLIKELIHOOD,
+    OUTPUT_TOKENS,
+    gold_instances,
+    gold_text,
+    per_byte,
+)
 from evomerge.fitness.scoring import aggregate, combine, combined_error, standard_error
 from evomerge.fitness.tasks import FEWSHOT_SEED, LoadedTask, TaskSet, lm_eval_quiet
 from evomerge.records import DocumentSet, TaskScore, Value
@@ -31,7 +40,9 @@ class Evaluation:
         stderr: Its standard error; None if a task's is unknown.
         tasks: Task name to metric and standard error.
         values: Task name to one value per document, in the order of the document set.
-        counts: `requests`, `tokens` (distinct positions forwarded) and `padded_tokens`.
+        counts: `requests`; `tokens` forwarded, each distinct beginning once; `padded_tokens`, with padding;
+            `unshared_tokens`, what forwarding each request by itself would take; `generated` tokens;
+            `truncated` requests, whose beginning the model cannot read.
     """
 
     score: float
@@ -43,11 +54,23 @@ class Evaluation:
 
 @dataclass(slots=True)
 class _Prepared:
-    """One document's requests: lm-eval's instances and their tokens, made once."""
+    """One document's requests, made once.
+
+    Attributes:
+        doc: The document.
+        instances: lm-eval's.
+        tokens: Their rows.
+        gold: Where text is generated and the right answer's log-likelihood is measured: that answer.
+        gold_row: Its row.
+        gold_total: Its log-likelihood under the present model.
+    """
 
     doc: Any
     instances: list[Any]
     tokens: list[list[TokenRequest]] = field(default_factory=list)
+    gold: str = ""
+    gold_row: TokenRequest | None = None
+    gold_total: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +81,17 @@ class _Work:
         items: Task name to its documents.
         likelihoods: Instances that ask for log-likelihoods, and how many rows each has.
         plan: The batches of these rows.
+        golds: Documents whose right answer is scored beside what is generated; their rows are the last ones.
         generations: Instances that ask for text, and their rows.
+        truncated: Requests whose beginning is left out.
     """
 
     items: dict[str, list[_Prepared]]
     likelihoods: list[tuple[Any, int]]
     plan: Plan
+    golds: list[_Prepared]
     generations: list[tuple[Any, TokenRequest]]
+    truncated: int
 
 
 class Harness:
@@ -78,7 +105,8 @@ class Harness:
 
     def __init__(self, tasks: TaskSet, model: Any, tokenizer: Any) -> None:
         self._tasks = tasks
-        self.engine = Engine(model, tokenizer, tasks.settings.batch_tokens)
+        settings = tasks.settings
+        self.engine = Engine(model, tokenizer, settings.batch_tokens, share_prefixes=settings.share_prefixes)
         self._splits: dict[tuple[str, str], dict[int, _Prepared]] = {}
         self._work: dict[DocumentSet, _Work] = {}
 
@@ -103,7 +131,7 @@ class Harness:
         values: dict[str, tuple[Value, ...]] = {}
         with lm_eval_quiet():
             for name, loaded in self._tasks.tasks.items():
-                values[name] = _values(loaded, work.items[name])
+                values |= self._values(loaded, work.items[name])
         rules = self._tasks.rules
         metrics = {name: aggregate(rules[name], values[name]) for name in rules}
         errors = {name: standard_error(rules[name], values[name]) for name in rules}
@@ -115,7 +143,7 @@ class Harness:
             stderr=combined_error(rules, errors),
             tasks={name: TaskScore(metrics[name], errors[name]) for name in rules},
             values=values,
-            counts=dict(self.engine.counts),
+            counts={**self.engine.counts, "truncated": float(work.truncated)},
         )
 
     def _prepared_work(self, documents: DocumentSet) -> _Work:
@@ -134,15 +162,20 @@ class Harness:
                 for instance, tokens in zip(item.instances, item.tokens, strict=True)
             ]
             likelihoods = [pair for pair in pairs if pair[0].request_type != "generate_until"]
+            golds = [item for own in items.values() for item in own if item.gold_row is not None]
+            rows = [row for _, tokens in likelihoods for row in tokens]
+            rows += [item.gold_row for item in golds if item.gold_row is not None]
             work = _Work(
                 items=items,
                 likelihoods=[(instance, len(tokens)) for instance, tokens in likelihoods],
-                plan=self.engine.plan([row for _, tokens in likelihoods for row in tokens]),
+                plan=self.engine.plan(rows),
+                golds=golds,
                 generations=[
                     (instance, tokens[0])
                     for instance, tokens in pairs
                     if instance.request_type == "generate_until"
                 ],
+                truncated=sum(any(row.cut for row in tokens) for _, tokens in pairs),
             )
         self._work[documents] = work
         while len(self._work) > KEPT_SETS:
@@ -178,6 +211,9 @@ class Harness:
             for item in built.values():
                 item.instances.sort(key=lambda instance: instance.idx)
                 item.tokens = [self.engine.encode(instance) for instance in item.instances]
+                if task.OUTPUT_TYPE == "generate_until" and _measures(loaded, GOLD_LOGLIKELIHOOD):
+                    item.gold = gold_text(task, item.doc)
+                    item.gold_row = self.engine.encode_pair(item.instances[0].args[0], item.gold)
             self._splits[key] = built
         return self._splits[key]
 
@@ -189,6 +225,8 @@ class Harness:
             total = sum(part for part, _ in parts)
             rolling = instance.request_type == "loglikelihood_rolling"
             _respond(instance, total if rolling else (total, parts[0][1]))
+        for item in work.golds:
+            item.gold_total, _ = next(scored)
         greedy: list[tuple[Any, TokenRequest]] = []
         other: list[tuple[Any, TokenRequest]] = []
         for instance, request in work.generations:
@@ -205,13 +243,41 @@ class Harness:
             for instance, text in zip(copies, self.engine.generate_as_stock(copies), strict=True):
                 instance.resps.append(text)
 
+    def _values(self, loaded: LoadedTask, items: Sequence[_Prepared]) -> dict[str, tuple[Value, ...]]:
+        """Return one value per document for the task's metric and each measure beside it."""
+        values: dict[str, tuple[Value, ...]] = {}
+        for key, rule in {loaded.name: loaded.rule, **loaded.measures}.items():
+            if rule.metric == GOLD_LOGLIKELIHOOD:
+                values[key] = tuple(_gold(loaded.task, item) for item in items)
+            elif rule.metric == OUTPUT_TOKENS:
+                values[key] = tuple(self._output_tokens(item) for item in items)
+            else:
+                values[key] = _metric_values(loaded, items)
+        return values
+
+    def _output_tokens(self, item: _Prepared) -> float:
+        texts = [text for instance in item.instances for text in instance.resps]
+        return sum(map(self.engine.count_tokens, texts)) / len(texts)
+
 
 def _respond(instance: Any, answer: Any) -> None:
     """Give an instance its answer, the same for each repeat."""
     instance.resps, instance.filtered_resps = [answer] * instance.repeats, {}
 
 
-def _values(loaded: LoadedTask, items: Sequence[_Prepared]) -> tuple[Value, ...]:
+def _measures(loaded: LoadedTask, name: str) -> bool:
+    return any(rule.metric == name for rule in (loaded.rule, *loaded.measures.values()))
+
+
+def _gold(task: Any, item: _Prepared) -> float:
+    """Return the log-likelihood of a document's right answer per byte."""
+    if item.gold_row is not None:
+        return per_byte(item.gold_total, item.gold)
+    chosen = gold_instances(task, item.doc, item.instances)
+    return max(per_byte(instance.resps[0][0], instance.args[1]) for instance in chosen)
+
+
+def _metric_values(loaded: LoadedTask, items: Sequence[_Prepared]) -> tuple[Value, ...]:
     """Return one value per document, through the task's own filters and metrics."""
     task, metric = loaded.task, loaded.rule.metric
     task._instances = [instance for item in items for instance in item.instances]

@@ -6,6 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from evomerge.errors import nearest
+from evomerge.fitness.measures import MEASURES
 from evomerge.strict import StrictModel
 
 
@@ -36,7 +38,9 @@ class TaskSettings(StrictModel):
     Attributes:
         name: As lm-eval knows it.
         weight: Its share in the score.
-        metric: The metric to search for, such as `acc_norm`; None: the task's first.
+        metric: The metric to search for, such as `acc_norm`; None: the task's first. Besides the task's own:
+            `gold_loglikelihood` (of the right answer, per byte) and `output_tokens` (length of the answers).
+        also: Such a measure to its weight in the score beside the metric; a tiny weight breaks ties.
         filter: The filter whose answers are scored; None: the task's first.
         num_fewshot: Examples in the prompt; None: as the task says.
         documents: Counts for this task; None: those of the fitness section. For a group they are shared
@@ -46,6 +50,7 @@ class TaskSettings(StrictModel):
     name: str = Field(min_length=1)
     weight: float = Field(default=1.0, gt=0)
     metric: str | None = None
+    also: dict[str, float] = Field(default_factory=dict)
     filter: str | None = None
     num_fewshot: int | None = Field(default=None, ge=0)
     documents: DocumentCounts | None = None
@@ -60,6 +65,22 @@ class TaskSettings(StrictModel):
             metric, _, filter_name = data["metric"].partition(",")
             return {**data, "metric": metric, "filter": data.get("filter") or filter_name}
         return data
+
+    @field_validator("also")
+    @classmethod
+    def _known_measures(cls, also: dict[str, float]) -> dict[str, float]:
+        for name, weight in also.items():
+            if name not in MEASURES:
+                raise ValueError(f'unknown measure "{name}"{nearest(name, MEASURES)}')
+            if not 0 < weight < float("inf"):
+                raise ValueError(f"{name}: expected a weight above 0, got {weight}")
+        return also
+
+    @model_validator(mode="after")
+    def _measured_once(self) -> Self:
+        if self.metric in self.also:
+            raise ValueError(f"also: {self.metric} is the metric already")
+        return self
 
 
 class FitnessSettings(StrictModel):
@@ -78,7 +99,9 @@ class FitnessSettings(StrictModel):
         system_prompt: Put before every prompt.
         fewshot_as_multiturn: Give the examples as turns of a conversation; None: with a chat template, as
             the stock command does.
-        batch_tokens: Padded tokens in one forward pass.
+        batch_tokens: Most padded tokens in one forward pass; None: as many as fit into free memory.
+        share_prefixes: Forward what requests begin with alike (few-shot examples, the question before its
+            choices) once per candidate.
     """
 
     tasks: tuple[TaskSettings, ...] = ()
@@ -91,7 +114,8 @@ class FitnessSettings(StrictModel):
     chat_template: bool = False
     system_prompt: str | None = None
     fewshot_as_multiturn: bool | None = None
-    batch_tokens: int = Field(default=8192, ge=64)
+    batch_tokens: int | None = Field(default=None, ge=64)
+    share_prefixes: bool = True
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import FitnessError, nearest
+from evomerge.fitness.measures import MEASURES, check_measure
 from evomerge.fitness.scoring import KINDS, TaskRule
 from evomerge.fitness.settings import DocumentCounts, FitnessSettings, TaskSettings
 from evomerge.records import SPLITS, DocumentSet
@@ -33,6 +34,7 @@ class LoadedTask:
         task: lm-eval's object.
         rule: How its document values enter the score.
         filter: The filter whose answers are scored.
+        measures: Rules of the measures that enter the score beside it, by their name in the scores.
         ids: Split to the sorted positions of its documents in the task's evaluation documents.
     """
 
@@ -40,6 +42,7 @@ class LoadedTask:
     task: Any
     rule: TaskRule
     filter: str
+    measures: Mapping[str, TaskRule]
     ids: Mapping[str, tuple[int, ...]]
 
 
@@ -113,12 +116,20 @@ class TaskSet:
         if chosen not in filters:
             raise FitnessError(f'{where}.filter: unknown filter "{chosen}"{nearest(chosen, filters)}')
         counts = wanted.documents or self.settings.documents
-        return LoadedTask(leaf.name, task, rule, chosen, _split(where, leaf, counts, self._seed))
+        measures = {}
+        for name, weight in wanted.also.items():
+            check_measure(f"{where}.also", name, task)
+            share = rule.weight / wanted.weight * weight
+            measures[f"{leaf.name}:{name}"] = TaskRule("mean", share, MEASURES[name], name, rule.group)
+        return LoadedTask(leaf.name, task, rule, chosen, measures, _split(where, leaf, counts, self._seed))
 
     @property
     def rules(self) -> dict[str, TaskRule]:
-        """Task name to its rule."""
-        return {name: loaded.rule for name, loaded in self.tasks.items()}
+        """Task name to its rule; `task:measure` to that of a measure beside it."""
+        found: dict[str, TaskRule] = {}
+        for name, loaded in self.tasks.items():
+            found |= {name: loaded.rule, **loaded.measures}
+        return found
 
     def documents(self, documents: DocumentSet) -> dict[str, list[int]]:
         """Return task name to the positions of the set's documents, sorted."""
@@ -153,6 +164,7 @@ class TaskSet:
                 task = loaded.task
                 config = {k: v for k, v in task.dump_config().items() if k not in _WHERE_DATA_LIES}
                 head = [name, str(task.VERSION), loaded.filter, loaded.rule.to_json(), config]
+                head += [[key, rule.to_json()] for key, rule in loaded.measures.items()]
                 digest.update(canonical_json(_plain(head)).encode())
                 documents = task.eval_docs
                 for split in SPLITS:
@@ -259,8 +271,14 @@ def _rule(where: str, leaf: _Leaf) -> TaskRule:
     wanted, task = leaf.wanted, leaf.task
     aggregations = task.aggregation()
     metric = wanted.metric or next(iter(aggregations), None)
+    measured = metric in MEASURES and metric not in aggregations
+    if measured:
+        check_measure(f"{where}.metric", str(metric), task)
+        aggregations = {metric: get_aggregation("mean")}
     if metric is None or metric not in aggregations:
-        raise FitnessError(f'{where}.metric: unknown metric "{metric}"{nearest(str(metric), aggregations)}')
+        raise FitnessError(
+            f'{where}.metric: unknown metric "{metric}"{nearest(str(metric), [*aggregations, *MEASURES])}'
+        )
     # By identity: a function of the task's own may be called `mean` and do something else.
     kinds = {get_aggregation(kind): kind for kind in KINDS} | {get_aggregation("nanmean"): "mean"}
     kind = kinds.get(aggregations[metric])
@@ -275,7 +293,7 @@ def _rule(where: str, leaf: _Leaf) -> TaskRule:
     return TaskRule(
         kind=kind,
         weight=wanted.weight * (1 / leaf.siblings if alike else leaf.size / leaf.total),
-        higher_is_better=bool(task.higher_is_better().get(metric, True)),
+        higher_is_better=MEASURES[metric] if measured else bool(task.higher_is_better().get(metric, True)),
         metric=metric,
         group=wanted.name,
     )

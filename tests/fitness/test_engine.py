@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from evomerge.errors import CandidateError
+from evomerge.errors import CandidateError, FitnessError
 from evomerge.fitness import engine as engine_module
-from evomerge.fitness.engine import Engine, TokenRequest
+from evomerge.fitness.branches import window_of
+from evomerge.fitness.encoding import TokenRequest
+from evomerge.fitness.engine import Engine
 from evomerge.fitness.greedy import is_plain_greedy
 from tests.checkpoints.tiny import make_model
 
@@ -56,39 +60,39 @@ def test_a_row_that_several_requests_read_is_forwarded_once(engine: Engine) -> N
     requests = [TokenRequest(tokens, (target,)) for target in range(4, 24)]
     requests += [TokenRequest(tokens, (*tokens[-2:], 9)), requests[3]]
     answers = engine.loglikelihoods(engine.plan(requests))
-    assert engine.counts == {"requests": 22, "tokens": 20, "padded_tokens": 20}
+    counted = {"requests": 22, "tokens": 20, "padded_tokens": 20, "unshared_tokens": 22 * 20, "generated": 0}
+    assert engine.counts == counted
     for answer, request in zip(answers, requests, strict=True):
         assert answer == pytest.approx(alone(engine, request), rel=1e-5)
     assert answers[3] == answers[-1]
 
 
-def test_batches_hold_at_most_the_padded_tokens_asked_for(engine: Engine) -> None:
+def test_passes_hold_at_most_the_padded_tokens_asked_for(engine: Engine) -> None:
     plan = engine.plan([row(length, 1, k) for k, length in enumerate([50, 3, 60, 10, 9, 8, 7, 30, 200])])
-    sizes = [tuple(batch.ids.shape) for batch in plan.batches]
-    assert sizes == [(1, 200), (2, 60), (4, 30), (2, 7)]
-    assert sorted(i for batch in plan.batches for i in batch.requests) == list(range(9))
+    assert [tuple(step.ids.shape) for step in plan.passes] == [(1, 200), (2, 60), (4, 30), (2, 7)]
+    assert sorted(int(i) for step in plan.passes for i in step.scored[2]) == list(range(9))
 
 
-def test_batches_do_not_depend_on_the_order_of_requests(engine: Engine) -> None:
+def test_passes_do_not_depend_on_the_order_of_requests(engine: Engine) -> None:
     requests = [row(5 + k % 7, 2, k) for k in range(30)]
+    requests += [TokenRequest((*requests[0].tokens, k), (k + 1,)) for k in range(4, 9)]
     forth, back = engine.plan(requests), engine.plan(requests[::-1])
-    for a, b in zip(forth.batches, back.batches, strict=True):
+    for a, b in zip(forth.passes, back.passes, strict=True):
         assert torch.equal(a.ids, b.ids)
     assert engine.loglikelihoods(forth) == engine.loglikelihoods(back)[::-1]
 
 
 @pytest.mark.parametrize("targets", [1, 20])
-def test_the_logits_of_a_batch_stay_within_their_share_of_memory(
+def test_the_logits_of_a_pass_stay_within_their_share_of_memory(
     targets: int, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # One row has a long continuation, so that many positions of every row beside it need logits.
-    requests = [row(20, 1, k) for k in range(5)] + [row(20, targets, 9)]
+    requests = [row(20, targets, k) for k in range(6)]
     limit = 4 * 64 * 40
     monkeypatch.setattr(engine_module, "MAX_LOGITS_BYTES", limit)
     plan = engine.plan(requests)
-    for batch in plan.batches:
-        assert len(batch.ids) * batch.keep * 64 * 4 <= limit
-    assert len(plan.batches) == 1 if targets == 1 else len(plan.batches) > 1
+    for step in plan.passes:
+        assert len(step.places) * 64 * 4 <= limit
+    assert len(plan.passes) == (1 if targets == 1 else 3)
     for answer, request in zip(engine.loglikelihoods(plan), requests, strict=True):
         assert answer == pytest.approx(alone(engine, request), rel=1e-5)
 
@@ -103,7 +107,10 @@ def test_generation_counts_what_it_forwards_and_stops_when_all_rows_have(engine:
     requests = [TokenRequest(row(length, 1).tokens, max_new_tokens=6) for length in (4, 9)]
     texts = engine.generate(requests)
     assert [len(engine.lm.tokenizer(text)["input_ids"]) <= 6 for text in texts] == [True, True]
-    assert engine.counts == {"requests": 2, "tokens": 13, "padded_tokens": 2 * (9 + 5)}
+    written = engine.counts["generated"]
+    assert sum(map(len, texts)) <= written <= 12  # a token is a letter, or one that ends the answer
+    assert engine.counts["tokens"] == engine.counts["unshared_tokens"] == 13 + written - 2
+    assert engine.counts["padded_tokens"] == 2 * (9 + 5)
     engine.reset_counts()
     first = [text[:1] for text in texts]
     stopped = [TokenRequest(request.tokens, (), tuple(first), 6) for request in requests]
@@ -174,3 +181,152 @@ def test_another_model_object_is_forwarded_after_rebinding(engine: Engine, tmp_p
         engine.rebind(model)
     assert engine.loglikelihoods(plan) == before
     assert engine.greedy_is_plain
+
+
+# Shared beginnings.
+
+
+def branching(examples: int, questions: int, seed: int) -> list[TokenRequest]:
+    """Return choices of questions that all begin with the same examples."""
+    draw = random.Random(seed)
+
+    def drawn(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw.choices(range(4, 60), k=draw.randint(low, high)))
+
+    shots, requests = drawn(examples, examples), []
+    for _ in range(questions):
+        question = shots + drawn(5, 20)
+        for _ in range(4):
+            choice = drawn(1, 6)
+            requests.append(TokenRequest((question + choice)[:-1], choice))
+    return requests
+
+
+MIXED = [*branching(0, 6, 1), *branching(100, 12, 2), *branching(40, 3, 3), row(30, 30), row(1, 1)]
+WINDOW = {"sliding_window": 30}
+KINDS = {
+    "llama": ("llama", {}, "sdpa"),
+    "llama, eager": ("llama", {}, "eager"),
+    "mistral": ("mistral", WINDOW, "sdpa"),
+    "qwen2": ("qwen2", {}, "sdpa"),
+    "qwen3": ("qwen3", {}, "sdpa"),
+    "qwen3, windows": ("qwen3", {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}, "sdpa"),
+    "gemma2": ("gemma2", WINDOW, "eager"),
+    "gemma3": ("gemma3_text", WINDOW, "sdpa"),
+    "gemma3, eager": ("gemma3_text", WINDOW, "eager"),
+    "gpt_neox": ("gpt_neox", {}, "sdpa"),
+    "phi3": ("phi3", WINDOW, "sdpa"),
+    "granite": ("granite", {}, "sdpa"),
+    "olmo2": ("olmo2", {}, "sdpa"),
+    "stablelm": ("stablelm", {}, "sdpa"),
+    "smollm3": ("smollm3", {}, "sdpa"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharing_changes_no_answer(kind: str, tmp_path: Path) -> None:
+    model_type, config, attention = KINDS[kind]
+    path = make_model(tmp_path, model_type, config=config)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    shared, plain = (Engine(model, tokenizer, 256, share_prefixes=on) for on in (True, False))
+    assert shared.not_shared == ""
+    if config:
+        assert window_of(model) == 30
+    answers = shared.loglikelihoods(shared.plan(MIXED))
+    for one, other in zip(answers, plain.loglikelihoods(plain.plan(MIXED)), strict=True):
+        assert one[0] == pytest.approx(other[0], abs=1e-4)
+        assert one[1] == other[1]
+    assert shared.counts["tokens"] < 0.2 * shared.counts["unshared_tokens"]
+    asked = [TokenRequest(r.tokens, stops=("a",), max_new_tokens=9) for r in MIXED[::4]]
+    shared.reset_counts()
+    assert shared.generate(asked) == plain.generate(asked)
+    if not config:
+        assert shared.counts["tokens"] < 0.5 * shared.counts["unshared_tokens"]
+
+
+def test_examples_of_several_lengths_stand_on_each_other(engine: Engine) -> None:
+    system = branching(70, 1, 5)[0].tokens[:70]
+    requests = [
+        TokenRequest(system + request.tokens, request.targets)
+        for seed in (6, 7)
+        for request in branching(70, 4, seed)
+    ]
+    plan = engine.plan(requests)
+    assert [step.level for step in plan.passes if step.keeps] == [0, 1, 1]
+    for answer, request in zip(engine.loglikelihoods(plan), requests, strict=True):
+        assert answer == pytest.approx(alone(engine, request), abs=1e-4)
+
+
+def test_positions_that_are_scored_may_lie_in_what_is_shared(engine: Engine) -> None:
+    text = branching(90, 1, 8)[0].tokens[:90]
+    ends = [(k, *range(5, 9)) for k in range(4, 20)]
+    requests = [TokenRequest((*text, *end), (*text[1:], *end, 9)) for end in ends]
+    requests.append(TokenRequest(text, (*text[1:], 5)))
+    plan = engine.plan(requests)
+    assert any(step.keeps and len(step.places) for step in plan.passes)
+    for answer, request in zip(engine.loglikelihoods(plan), requests, strict=True):
+        assert answer == pytest.approx(alone(engine, request), rel=1e-5)
+
+
+def test_a_model_that_follows_no_mask_of_ours_reads_every_row(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "moe", "mixtral")
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    other = Engine(model, AutoTokenizer.from_pretrained(path), 256)
+    assert "mixtral" in other.not_shared
+    requests = branching(0, 3, 1)
+    answers = other.loglikelihoods(other.plan(requests))
+    assert other.counts["tokens"] == sum(map(len, {request.tokens for request in requests}))
+    for answer, request in zip(answers, requests, strict=True):
+        assert answer == pytest.approx(alone(other, request), rel=1e-4)
+
+
+@contextlib.contextmanager
+def memory_for(model: torch.nn.Module, tokens: int) -> Iterator[list[int]]:
+    """Let a model run out of memory in passes of more tokens; yields the sizes of those it was given."""
+    sizes: list[int] = []
+
+    def check(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        sizes.append(kwargs["input_ids"].numel())
+        if sizes[-1] > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    hook = model.register_forward_pre_hook(check, with_kwargs=True)
+    try:
+        yield sizes
+    finally:
+        hook.remove()
+
+
+def test_passes_are_made_smaller_where_memory_runs_out(tmp_path: Path) -> None:
+    path = make_model(tmp_path, "llama")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    engine = Engine(model, tokenizer, 1024)
+    requests = branching(0, 40, 1)
+    asked = [TokenRequest(r.tokens, stops=("a",), max_new_tokens=9) for r in requests[::4]]
+    plan = engine.plan(requests)
+    expected, texts = engine.loglikelihoods(plan), engine.generate(asked)
+    engine.reset_counts()
+    with memory_for(model, 300) as sizes:
+        found = engine.loglikelihoods(plan)
+        assert max(sizes) > 300
+        assert engine.counts["requests"] == len(requests)
+        sizes.clear()
+        assert engine.loglikelihoods(plan) == found
+        assert max(sizes) <= 300  # what was found is kept for the next candidate
+        assert engine.generate(asked) == texts
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    with memory_for(model, 3), pytest.raises(FitnessError, match="out of memory with"):
+        engine.loglikelihoods(plan)
+
+
+def test_rows_that_have_stopped_leave_the_batch(engine: Engine) -> None:
+    requests = [TokenRequest(row(8, 1, k).tokens, max_new_tokens=30) for k in range(8)]
+    whole = engine.generate(requests)
+    engine.reset_counts()
+    stop = whole[0][0]
+    stopped = engine.generate([TokenRequest(r.tokens, (), (stop,), 30) for r in requests])
+    assert stopped == [text.split(stop)[0] for text in whole]
+    most = max(len(text) for text in stopped)
+    assert engine.counts["padded_tokens"] < 8 * (8 + most)
