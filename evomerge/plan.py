@@ -17,6 +17,7 @@ from evomerge.checkpoints.layout import Layout, check_compatible, layout_of
 from evomerge.checkpoints.opening import open_checkpoint
 from evomerge.config import RunConfig
 from evomerge.errors import ConfigError, FitnessError, RecipeError, nearest
+from evomerge.fitness.measures import MEASURES
 from evomerge.fitness.scoring import TaskRule
 from evomerge.fitness.tasks import TaskSet
 from evomerge.mergekit import read_any_recipe
@@ -131,10 +132,10 @@ class Plan:
     def _for_niches(self) -> dict[str, Any]:
         """Return what the optimizer niches takes besides: it looks at documents, and at segments."""
         for name, rule in self.rules.items():
-            if rule.kind != "mean" or not rule.higher_is_better:
+            if rule.kind != "mean" or not rule.higher_is_better or rule.metric in MEASURES:
                 raise ConfigError(
-                    f"fitness.tasks: niches need scores from 0 to 1, but {name} has {rule.metric} "
-                    "(no mean, or lower is better); choose another metric or optimizer"
+                    f"fitness.tasks: niches need scores from 0 to 1, higher is better, but {name} is "
+                    f"{rule.metric}; choose another metric, or another optimizer"
                 )
         weights = {name: rule.weight for name, rule in self.rules.items()} or None
         coding = self.space if isinstance(self.space, SegmentSpace) else None
