@@ -86,7 +86,11 @@ class Plan:
         self.seeded = self._seeded()
         self._check_function()
         self.tasks = TaskSet(config.fitness, config.seed, base_dir) if config.fitness.tasks else None
-        self.optimizer()
+        if not self.optimizer().generational and config.fitness.racing:
+            raise ConfigError(
+                f"fitness.racing: needs an optimizer with generations, such as cma_es; "
+                f"{config.optimizer.name} has none"
+            )
 
     def _check_function(self) -> None:
         """Look for the fitness callable without importing it, which may load torch."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Status = Literal["ok", "invalid", "failed"]
+Status = Literal["ok", "stopped", "invalid", "failed"]
 Genome = tuple[float, ...]
 Value = float | tuple[float, float]
 """One document's value: a number, or (numerator, weight) for metrics that are ratios of sums."""
@@ -115,11 +115,13 @@ class Outcome:
     Attributes:
         candidate: The candidate's number.
         documents: The document set's key.
-        status: `ok`; `invalid`: the candidate itself is at fault; `failed`: it could not be scored.
-        score: Weighted mean of the tasks, higher is better; None unless ok. Always finite.
-        stderr: Its standard error from the tasks' own; None if unknown.
+        status: `ok`; `stopped`: it lost a race and was not scored to the end; `invalid`: the candidate itself
+            is at fault; `failed`: it could not be scored.
+        score: Weighted mean of the tasks, higher is better; of a stopped one an estimate, good for ranking
+            only; None if invalid or failed. Always finite.
+        stderr: Its standard error from the tasks' own, or that of the estimate; None if unknown.
         tasks: Task name to its metric.
-        values: Task name to one value per document, in the order of the document set.
+        values: Task name to one value per document, in the order of the document set; none if stopped.
         reason: Why it is not ok, in one line.
         cost: Seconds by phase (`merge`, `evaluate`, `total`), `attempts`, and counts such as `tokens`.
     """
@@ -136,7 +138,7 @@ class Outcome:
 
     def __post_init__(self) -> None:
         finite = self.score is not None and math.isfinite(self.score)
-        if finite != (self.status == "ok"):
+        if finite != (self.status in ("ok", "stopped")):
             raise ValueError(f"outcome with status {self.status} cannot have score {self.score}")
 
     def to_json(self) -> dict[str, Any]:

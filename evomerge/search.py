@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from evomerge.errors import FitnessError
+from evomerge.fitness.racing import Race, Races
 from evomerge.fitness.selection import finalists, kept_baselines, search_score, winner
 from evomerge.optimizers import Optimizer
 from evomerge.plan import Plan
@@ -40,7 +41,7 @@ class Progress:
         total: Candidates in this phase.
         best: Best search score of a searched candidate; None before the first.
         current: Score of the latest outcome; None if it failed.
-        failures: Outcomes of the run that are not ok.
+        failures: Outcomes of the run without a score.
         workers: Workers that are up.
         deaths: Workers lost in this session.
     """
@@ -73,13 +74,15 @@ class Search:
         known = run.outcomes(values=False)
         self._outcomes = {(outcome.candidate, outcome.documents): outcome for outcome in known}
         self._beat = self._started = time.monotonic()
-        self._ok = sum(outcome.status == "ok" for outcome in known)
+        self._ok = sum(outcome.score is not None for outcome in known)
         self._failures = len(known) - self._ok
         self._failed_in_a_row = 0
         self._told = 0
         self._phase, self._done, self._total = "", 0, 0
         self._best: float | None = None
         self._since_best = 0
+        racing = plan.config.fitness.racing
+        self._races = None if racing is None else Races(racing.rungs, racing.error)
         self._notes = {event.data["note"] for event in run.events() if event.kind == "optimizer"}
         self._recorded: set[str] = set()
         self.stopping = False
@@ -180,7 +183,7 @@ class Search:
         snapshot = None if state is None else Snapshot(optimizer.asked, self._told, state)
         self._run.tell([candidate.number], outcome.documents, snapshot)
         self._add_notes(optimizer)
-        self._note_best(outcome.score)
+        self._note_best(outcome)
 
     def _add_notes(self, optimizer: Optimizer) -> None:
         """Record what the optimizer did by itself; a replay on resume says some of it again."""
@@ -189,8 +192,9 @@ class Search:
                 self._notes.add(note)
                 self._run.add_event("optimizer", {"note": note})
 
-    def _note_best(self, score: float | None) -> None:
+    def _note_best(self, outcome: Outcome) -> None:
         self._since_best += 1
+        score = outcome.score if outcome.status == "ok" else None
         if score is not None and (self._best is None or score > self._best):
             self._best, self._since_best = score, 0
 
@@ -222,7 +226,7 @@ class Search:
             if candidate.index is not None:
                 outcome = self._outcomes.get((candidate.number, self._documents_of(candidate)))
                 if outcome is not None:
-                    self._note_best(outcome.score)
+                    self._note_best(outcome)
         for outcome in sorted(log.waiting, key=lambda outcome: outcome.candidate):
             self._tell(optimizer, self._candidates[outcome.candidate], outcome)
         owed = deque(
@@ -341,7 +345,22 @@ class Search:
     def _job(self, number: int, documents: str) -> Job:
         candidate = self._candidates[number]
         deadline = self._plan.config.workers.deadline_seconds * self._length(documents)
-        return Job(number, candidate.recipe, documents, deadline)
+        return Job(number, candidate.recipe, documents, deadline, self._race(candidate))
+
+    def _race(self, candidate: Candidate) -> Race | None:
+        """Return what a proposal is raced against; None: it is scored to the end."""
+        if self._races is None or candidate.index is None:
+            return None
+        before = (
+            (c.number, self._outcomes.get((c.number, "search")))
+            for c in self._candidates.values()
+            if c.index is not None and c.generation == candidate.generation - 1
+        )
+        return self._races.of(candidate.generation, before, self._whole)
+
+    def _whole(self, number: int) -> Outcome | None:
+        """Return a candidate's search outcome with its values."""
+        return self._run.find_outcome(self._candidates[number].digest, self._plan.fitness_digest, "search")
 
     def _length(self, documents: str) -> float:
         """Return how many times longer a document set is than the search documents, at least 1."""
@@ -366,7 +385,7 @@ class Search:
         self._outcomes[outcome.candidate, outcome.documents] = replace(outcome, values={})
         take(outcome)
         self._done += 1
-        ok = outcome.status == "ok"
+        ok = outcome.score is not None
         self._ok += ok
         self._failures += not ok
         self._failed_in_a_row = self._failed_in_a_row + 1 if outcome.status == "failed" else 0

@@ -77,6 +77,8 @@ def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = Fals
         console.print(task_table(data))
     if data["best"]:
         console.print(data["verdict"], markup=False)
+    for line in summary.evaluation_lines():
+        console.print(line, markup=False, highlight=False)
     for failure in summary.failures()[:5]:
         console.print(
             f"candidate {failure['candidate']} {failure['status']}: {failure['reason']}",

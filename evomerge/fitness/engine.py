@@ -301,8 +301,8 @@ def _summed(
     order = torch.argsort(scored[0] * (int(scored[1].max()) + 1) + scored[1])
     lengths = [len(request.targets) for request in requests]
     # Summed in float32 and rounded once, as torch sums a slice of half-precision numbers.
-    sums = [float(part.sum().to(dtype)) for part in found[order].split(lengths)]
-    whole = [bool(part.all()) for part in hits[order].split(lengths)]
+    sums = [float(part.sum().to(dtype)) for part in torch.split(found[order], lengths)]
+    whole = [bool(part.all()) for part in torch.split(hits[order], lengths)]
     for total in sums:
         if not math.isfinite(total):
             raise CandidateError(f"the model gives a log-likelihood of {total}")

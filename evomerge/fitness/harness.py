@@ -23,12 +23,13 @@ from evomerge.fitness.measures import (
     gold_text,
     per_byte,
 )
+from evomerge.fitness.racing import Race, standing
 from evomerge.fitness.scoring import aggregate, combine, combined_error, standard_error
 from evomerge.fitness.tasks import FEWSHOT_SEED, LoadedTask, TaskSet, lm_eval_quiet
 from evomerge.records import DocumentSet, TaskScore, Value
 
-KEPT_SETS = 4
-"""Document sets whose batches are kept: the splits and the present draw."""
+KEPT_SETS = 12
+"""Document sets whose batches are kept: the splits, the present draw, and the rungs of a race."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,9 @@ class Evaluation:
         values: Task name to one value per document, in the order of the document set.
         counts: `requests`; `tokens` forwarded, each distinct beginning once; `padded_tokens`, with padding;
             `unshared_tokens`, what forwarding each request by itself would take; `generated` tokens;
-            `truncated` requests, whose beginning the model cannot read.
+            `truncated` requests, whose beginning the model cannot read; `documents` scored, and
+            `skipped_documents` that a lost race left out.
+        stopped: Whether it lost a race; the score is then an estimate, and there are no values.
     """
 
     score: float
@@ -50,6 +53,7 @@ class Evaluation:
     tasks: dict[str, TaskScore]
     values: dict[str, tuple[Value, ...]]
     counts: dict[str, float]
+    stopped: bool = False
 
 
 @dataclass(slots=True)
@@ -108,7 +112,7 @@ class Harness:
         settings = tasks.settings
         self.engine = Engine(model, tokenizer, settings.batch_tokens, share_prefixes=settings.share_prefixes)
         self._splits: dict[tuple[str, str], dict[int, _Prepared]] = {}
-        self._work: dict[DocumentSet, _Work] = {}
+        self._work: dict[tuple[DocumentSet, int], _Work] = {}
 
     def rebind(self, model: Any) -> None:
         """Score another model object from now on; requests and tokens stay."""
@@ -119,19 +123,50 @@ class Harness:
         for loaded in self._tasks.tasks.values():
             self._prepared(loaded, split)
 
-    def evaluate(self, documents: DocumentSet) -> Evaluation:
+    def evaluate(self, documents: DocumentSet, race: Race | None = None) -> Evaluation:
         """Score the model.
+
+        Args:
+            documents: What it is scored on.
+            race: Stop as soon as this race is lost; None: score all documents.
 
         Raises:
             CandidateError: A log-likelihood or score is not finite.
         """
-        work = self._prepared_work(documents)
         self.engine.reset_counts()
+        if race is None:
+            work = self._prepared_work(documents)
+            return self._evaluation(documents, self._scored(work), work.truncated)
+        rules, truncated = self._tasks.rules, 0
+        rungs = self._tasks.rungs(documents, race.rungs)
+        found: dict[str, dict[int, Value]] = {name: {} for name in rules}
+        for number, rung in enumerate(rungs):
+            work = self._prepared_work(documents, rung, number)
+            truncated += work.truncated
+            for name, values in self._scored(work).items():
+                found[name].update(zip(rung[self._tasks.task_of(name)], values, strict=True))
+            if number == len(rungs) - 1:
+                break
+            ids = {name: list(values) for name, values in found.items()}
+            now = standing(race, rules, ids, {name: list(values.values()) for name, values in found.items()})
+            if now.hopeless:
+                counts = self._counts(documents, sum(len(ids[name]) for name in self._tasks.tasks), truncated)
+                return Evaluation(now.score, now.stderr, {}, {}, counts, stopped=True)
+        ordered = {name: tuple(value for _, value in sorted(own.items())) for name, own in found.items()}
+        return self._evaluation(documents, ordered, truncated)
+
+    def _scored(self, work: _Work) -> dict[str, tuple[Value, ...]]:
+        """Return the values of a set's documents under the present model."""
         self._answer(work)
         values: dict[str, tuple[Value, ...]] = {}
         with lm_eval_quiet():
             for name, loaded in self._tasks.tasks.items():
                 values |= self._values(loaded, work.items[name])
+        return values
+
+    def _evaluation(
+        self, documents: DocumentSet, values: dict[str, tuple[Value, ...]], truncated: int
+    ) -> Evaluation:
         rules = self._tasks.rules
         metrics = {name: aggregate(rules[name], values[name]) for name in rules}
         errors = {name: standard_error(rules[name], values[name]) for name in rules}
@@ -143,18 +178,30 @@ class Harness:
             stderr=combined_error(rules, errors),
             tasks={name: TaskScore(metrics[name], errors[name]) for name in rules},
             values=values,
-            counts={**self.engine.counts, "truncated": float(work.truncated)},
+            counts=self._counts(documents, sum(len(values[name]) for name in self._tasks.tasks), truncated),
         )
 
-    def _prepared_work(self, documents: DocumentSet) -> _Work:
-        """Return a document set's work, kept for the sets used last."""
-        work = self._work.pop(documents, None)
+    def _counts(self, documents: DocumentSet, scored: int, truncated: int) -> dict[str, float]:
+        whole = sum(map(len, self._tasks.documents(documents).values()))
+        return {
+            **self.engine.counts,
+            "truncated": float(truncated),
+            "documents": float(scored),
+            "skipped_documents": float(whole - scored),
+        }
+
+    def _prepared_work(
+        self, documents: DocumentSet, rung: Mapping[str, Sequence[int]] | None = None, number: int = -1
+    ) -> _Work:
+        """Return the work of a document set or of one rung of a race, kept for those used last."""
+        work = self._work.pop((documents, number), None)
         if work is None:
             chosen = self._tasks.documents(documents)
             items = {}
             for name, loaded in self._tasks.tasks.items():
                 prepared = self._prepared(loaded, documents.split)
-                items[name] = [prepared[i] for i in chosen[name]]
+                ids = chosen[name]
+                items[name] = [prepared[i] for i in (ids if rung is None else [ids[k] for k in rung[name]])]
             pairs = [
                 (instance, tokens)
                 for prepared_items in items.values()
@@ -177,7 +224,7 @@ class Harness:
                 ],
                 truncated=sum(any(row.cut for row in tokens) for _, tokens in pairs),
             )
-        self._work[documents] = work
+        self._work[documents, number] = work
         while len(self._work) > KEPT_SETS:
             del self._work[next(iter(self._work))]
         return work

@@ -31,12 +31,20 @@ def score(outcomes: Scored, number: int, documents: str) -> float | None:
 
 
 def search_score(outcomes: Iterable[Outcome]) -> dict[int, float]:
-    """Return each candidate's score on search documents, on all of them where it has both."""
+    """Return each candidate's score on search documents, on all of them where it has both.
+
+    One that was stopped early has none: its score is an estimate.
+    """
     found: dict[int, float] = {}
     for outcome in outcomes:
         split = outcome.documents.partition("@")[0]
         whole = outcome.documents == "search"
-        if split == "search" and outcome.score is not None and (whole or outcome.candidate not in found):
+        if (
+            split == "search"
+            and outcome.status == "ok"
+            and outcome.score is not None
+            and (whole or outcome.candidate not in found)
+        ):
             found[outcome.candidate] = outcome.score
     return found
 

@@ -83,6 +83,26 @@ class TaskSettings(StrictModel):
         return self
 
 
+class RacingSettings(StrictModel):
+    """Stop scoring a candidate that cannot come among the parents; see `fitness.racing`.
+
+    Attributes:
+        rungs: Shares of the search documents after which a candidate is compared, ascending.
+        error: Probability of stopping a candidate that would have come out above the last parent of the
+            generation before.
+    """
+
+    rungs: tuple[float, ...] = Field(default=(0.25, 0.5), min_length=1, max_length=10)
+    error: float = Field(default=0.05, gt=0, lt=0.5)
+
+    @field_validator("rungs")
+    @classmethod
+    def _ascending(cls, rungs: tuple[float, ...]) -> tuple[float, ...]:
+        if list(rungs) != sorted(set(rungs)) or not 0 < rungs[0] <= rungs[-1] < 1:
+            raise ValueError(f"expected ascending shares between 0 and 1, got {list(rungs)}")
+        return rungs
+
+
 class FitnessSettings(StrictModel):
     """How candidates are scored: lm-eval tasks, or one Python callable.
 
@@ -95,6 +115,7 @@ class FitnessSettings(StrictModel):
         allow_unsafe_code: Allow tasks that execute what a model writes.
         documents: Document counts per task.
         resample: Draw this many search documents per task anew for each generation; None: always all.
+        racing: Stop hopeless candidates early, with `optimizer: cma_es`; None: score all to the end.
         chat_template: Wrap prompts in the tokenizer's chat template.
         system_prompt: Put before every prompt.
         fewshot_as_multiturn: Give the examples as turns of a conversation; None: with a chat template, as
@@ -111,6 +132,7 @@ class FitnessSettings(StrictModel):
     allow_unsafe_code: bool = False
     documents: DocumentCounts = DocumentCounts()
     resample: int | None = Field(default=None, ge=1)
+    racing: RacingSettings | None = None
     chat_template: bool = False
     system_prompt: str | None = None
     fewshot_as_multiturn: bool | None = None
@@ -128,6 +150,9 @@ class FitnessSettings(StrictModel):
         for path in self.trust_code:
             if path not in self.include_paths:
                 raise ValueError(f'trust_code: "{path}" is not one of include_paths')
+        if self.racing and (self.function or self.resample):
+            other = "a function" if self.function else "resample"
+            raise ValueError(f"racing: needs tasks whose search documents stay the same; leave out {other}")
         if self.resample is not None:
             if self.function:
                 raise ValueError("resample: needs tasks")

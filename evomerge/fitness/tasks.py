@@ -13,6 +13,7 @@ from typing import Any
 
 from evomerge.errors import FitnessError, nearest
 from evomerge.fitness.measures import MEASURES, check_measure
+from evomerge.fitness.racing import rung_sizes
 from evomerge.fitness.scoring import KINDS, TaskRule
 from evomerge.fitness.settings import DocumentCounts, FitnessSettings, TaskSettings
 from evomerge.records import SPLITS, DocumentSet
@@ -96,7 +97,12 @@ class TaskSet:
             for leaf in _load(settings, base_dir):
                 if leaf.name in self.tasks:
                     raise FitnessError(f'fitness.tasks: "{leaf.name}" is reached twice; list it once')
-                self.tasks[leaf.name] = self._prepared(leaf)
+                self.tasks[leaf.name] = loaded = self._prepared(leaf)
+                if settings.racing and loaded.rule.kind != "mean":
+                    raise FitnessError(
+                        f"fitness.racing: {leaf.name}'s {loaded.rule.metric} is no mean over documents; "
+                        "choose another metric or leave out racing"
+                    )
 
     def _prepared(self, leaf: _Leaf) -> LoadedTask:
         where, task, wanted = f"fitness.tasks.{leaf.name}", leaf.task, leaf.wanted
@@ -131,6 +137,10 @@ class TaskSet:
             found |= {name: loaded.rule, **loaded.measures}
         return found
 
+    def task_of(self, name: str) -> str:
+        """Return the task that a key of `rules` belongs to."""
+        return name if name in self.tasks else name.rpartition(":")[0]
+
     def documents(self, documents: DocumentSet) -> dict[str, list[int]]:
         """Return task name to the positions of the set's documents, sorted."""
         chosen = {}
@@ -142,6 +152,22 @@ class TaskSet:
                 ids = sorted(int(i) for i in random.choice(ids, size=count, replace=False))
             chosen[name] = ids
         return chosen
+
+    def rungs(self, documents: DocumentSet, shares: Sequence[float]) -> list[dict[str, list[int]]]:
+        """Return for each rung of a race task name to the places of its documents in the document set.
+
+        Args:
+            documents: The set.
+            shares: Ascending shares of each task's documents; the last rung has the rest.
+        """
+        found: list[dict[str, list[int]]] = [{} for _ in (*shares, 1.0)]
+        for name, ids in self.documents(documents).items():
+            order = stream(self._seed, "rungs", name).permutation(len(ids))
+            before = 0
+            for rung, size in zip(found, rung_sizes(shares, len(ids)), strict=True):
+                rung[name] = sorted(int(i) for i in order[before:size])
+                before = size
+        return found
 
     def _drawn(self, name: str, split: str) -> int:
         """Return how many documents of a task are drawn; a group's are shared out by size."""
@@ -163,7 +189,7 @@ class TaskSet:
             for name, loaded in self.tasks.items():
                 task = loaded.task
                 config = {k: v for k, v in task.dump_config().items() if k not in _WHERE_DATA_LIES}
-                head = [name, str(task.VERSION), loaded.filter, loaded.rule.to_json(), config]
+                head: list[Any] = [name, str(task.VERSION), loaded.filter, loaded.rule.to_json(), config]
                 head += [[key, rule.to_json()] for key, rule in loaded.measures.items()]
                 digest.update(canonical_json(_plain(head)).encode())
                 documents = task.eval_docs

@@ -157,12 +157,45 @@ class Summary:
         )
 
     def failures(self) -> list[dict[str, Any]]:
-        """Return every outcome that is not ok."""
+        """Return every outcome without a score."""
         return [
             {"candidate": o.candidate, "documents": o.documents, "status": o.status, "reason": o.reason}
             for o in self.outcomes.values()
-            if o.status != "ok"
+            if o.score is None
         ]
+
+    def evaluation(self) -> dict[str, float]:
+        """Return what scoring took over all outcomes: tokens, documents, and what was saved.
+
+        `unshared_tokens` is what forwarding every request by itself would have taken; `stopped` counts
+        candidates that lost a race, which left out `skipped_documents`.
+        """
+        names = ("tokens", "unshared_tokens", "generated", "truncated", "documents", "skipped_documents")
+        total = dict.fromkeys(names, 0.0)
+        for outcome in self.outcomes.values():
+            for name in names:
+                total[name] += outcome.cost.get(name, 0.0)
+        return {**total, "stopped": float(sum(o.status == "stopped" for o in self.outcomes.values()))}
+
+    def evaluation_lines(self) -> list[str]:
+        """Return what people should know of how the candidates were scored."""
+        cost, lines = self.evaluation(), []
+        if cost["unshared_tokens"] > cost["tokens"] > 0:
+            times = cost["unshared_tokens"] / cost["tokens"]
+            lines.append(
+                f"forwarded {cost['tokens']:,.0f} tokens, 1/{times:.1f} of what unshared beginnings take"
+            )
+        if cost["stopped"]:
+            share = cost["skipped_documents"] / (cost["documents"] + cost["skipped_documents"])
+            lines.append(
+                f"racing stopped {cost['stopped']:.0f} candidates and left out {share:.0%} of the documents"
+            )
+        if cost["truncated"]:
+            lines.append(
+                f"{cost['truncated']:,.0f} requests are longer than the model reads; as in lm-eval, their "
+                "beginning is left out"
+            )
+        return lines
 
     def seconds(self) -> dict[str, float]:
         """Return worker seconds by phase over all outcomes."""
@@ -173,7 +206,10 @@ class Summary:
         return total
 
     def progress(self) -> list[tuple[Candidate, Outcome]]:
-        """Return the optimizer's candidates with their search outcomes, in the order they were asked."""
+        """Return the optimizer's candidates with their search outcomes, in the order they were asked.
+
+        Those that were stopped early are left out.
+        """
         pairs = []
         for candidate in self.candidates.values():
             if candidate.index is not None:
@@ -186,7 +222,7 @@ class Summary:
                     ),
                     None,
                 )
-                if outcome is not None:
+                if outcome is not None and outcome.status != "stopped":
                     pairs.append((candidate, outcome))
         return pairs
 
@@ -229,6 +265,7 @@ class Summary:
             "verdict": self.verdict,
             "looks_at_test": sum(event.kind == "test_opened" for event in run.events()),
             "seconds": self.seconds(),
+            "evaluation": self.evaluation(),
         }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from evomerge.fitness.racing import Race
 from evomerge.records import Outcome
 
 
@@ -23,12 +24,14 @@ class Job:
         recipe: Its recipe as plain data.
         documents: The document set's key.
         deadline: Seconds after which its worker is taken to hang.
+        race: What it is raced against; None: it is scored to the end.
     """
 
     candidate: int
     recipe: Mapping[str, Any]
     documents: str
     deadline: float
+    race: Race | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from evomerge.checkpoints.opening import open_checkpoint
 from evomerge.errors import CandidateError, EvomergeError
 from evomerge.fitness.function import evaluate_function, load_function
 from evomerge.fitness.harness import Evaluation, Harness
+from evomerge.fitness.racing import Race
 from evomerge.fitness.tasks import TaskSet
 from evomerge.merging.live import LiveModel
 from evomerge.recipe import Recipe, parse_recipe
@@ -76,12 +77,12 @@ class Worker:
         self._live.apply(recipe)
         self._live.model.eval()  # a callable may have left it in training mode
         merged = time.perf_counter()
-        evaluation = self._evaluate(recipe, DocumentSet.of_key(job.documents))
+        evaluation = self._evaluate(recipe, DocumentSet.of_key(job.documents), job.race)
         ended = time.perf_counter()
         return Outcome(
             candidate=job.candidate,
             documents=job.documents,
-            status="ok",
+            status="stopped" if evaluation.stopped else "ok",
             score=evaluation.score,
             stderr=evaluation.stderr,
             tasks=evaluation.tasks,
@@ -94,7 +95,7 @@ class Worker:
             },
         )
 
-    def _evaluate(self, recipe: Recipe, documents: DocumentSet) -> Evaluation:
+    def _evaluate(self, recipe: Recipe, documents: DocumentSet, race: Race | None) -> Evaluation:
         live = self._live
         if self._function is not None:
             return evaluate_function(
@@ -105,7 +106,7 @@ class Worker:
         if self._harness is None:
             self._harness = Harness(self._tasks, live.model, live.tokenizer)
         self._harness.rebind(live.model)
-        return self._harness.evaluate(documents)
+        return self._harness.evaluate(documents, race)
 
     @staticmethod
     def _failed(job: Job, status: str, reason: str, started: float) -> Outcome:

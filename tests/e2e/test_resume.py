@@ -200,6 +200,31 @@ def test_fresh_documents_for_each_generation_are_drawn_again_alike_on_resume(
     assert {"search@0", "search@1", "search@2"} <= keys
 
 
+def test_races_are_set_again_alike_on_resume_and_who_lost_one_does_not_win(
+    world: Path, tmp_path: Path
+) -> None:
+    tasks = [{"name": "choice", "metric": "gold_loglikelihood"}, "written"]
+    fitness = {**TASKS, "tasks": tasks, "racing": {"rungs": [0.5], "error": 0.4}}
+    fitness["documents"] = {"search": 40, "select": 20, "test": 20}
+    write_config(world, "races.yaml", name="races", fitness=fitness)
+    whole, killed = str(tmp_path / "whole.db"), str(tmp_path / "killed.db")
+    assert evomerge(world, "run", "races.yaml", "--store", whole).returncode == 0
+    process = start(world, "run", "races.yaml", "--store", killed)
+    assert wait_for_outcomes(process, killed, "races", 11)
+    kill(process)
+    done = evomerge(world, "resume", "races", "--store", killed)
+    assert done.returncode == 0, done.stderr
+    assert history(killed, "races") == history(whole, "races")
+    outcomes = history(whole, "races")["outcomes"]
+    stopped = {outcome["candidate"] for outcome in outcomes if outcome["status"] == "stopped"}
+    assert stopped
+    assert not stopped & {outcome["candidate"] for outcome in outcomes if outcome["documents"] != "search"}
+    shown = json.loads(evomerge(world, "show", "races", "--json", "--store", whole).stdout)
+    assert shown["evaluation"]["stopped"] == len(stopped)
+    assert shown["evaluation"]["skipped_documents"] == 40 * len(stopped)
+    assert shown["failures"] == 0
+
+
 @pytest.mark.ray
 def test_ray_workers_give_the_same_run_and_survive_a_kill(world: Path, tmp_path: Path) -> None:
     """Two workers, tasks as fitness: killed with its Ray, resumed with one worker, equal to inline."""
