@@ -221,3 +221,17 @@ def test_other_runs_have_no_population(world: Path, tmp_path: Path) -> None:
     done = evomerge(world, "population", "plain", "--store", store)
     assert done.returncode == 2
     assert "only runs of the optimizer niches have a population" in done.stderr
+
+
+def test_the_report_draws_the_population_and_the_merge_map(world: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    done = evomerge(world, "report", "seg", "--store", "whole.db", "--out", str(page))
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    for words in (
+        "entropy: bits of a document",
+        "Lines lead to parents",
+        "mean coefficient",
+        "coefficient, attention",
+    ):
+        assert words in text
