@@ -19,6 +19,7 @@ from evomerge.config import RunConfig
 from evomerge.errors import ConfigError, FitnessError, RecipeError, nearest
 from evomerge.fitness.measures import MEASURES
 from evomerge.fitness.scoring import TaskRule
+from evomerge.fitness.sharing import why_not_type
 from evomerge.fitness.tasks import TaskSet
 from evomerge.mergekit import read_any_recipe
 from evomerge.optimizers import Optimizer, create
@@ -91,6 +92,11 @@ class Plan:
                 f"fitness.racing: needs an optimizer with generations, such as cma_es; "
                 f"{config.optimizer.name} has none"
             )
+        if self.tasks and config.fitness.share_prefixes:
+            model = next(iter(self.checkpoints.values())).config
+            problem = why_not_type(model.get("text_config", model)["model_type"])
+            if problem:
+                self.warnings.append(f"fitness.share_prefixes: {problem}; every request is forwarded whole")
 
     def _check_function(self) -> None:
         """Look for the fitness callable without importing it, which may load torch."""

@@ -317,6 +317,8 @@ class Search:
         """Keep the workers busy with what `source` yields; None means that outcomes are needed first."""
         running, exhausted = 0, False
         while True:
+            if self.stopping:
+                running -= self._pool.withdraw()
             blocked = False
             while not exhausted and not blocked and self._pool.free() > 0:
                 try:

@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-ONE_MASK = frozenset({"llama", "mistral", "gpt_neox", "phi3", "granite", "olmo2", "stablelm"})
-"""Model types whose layers all take one attention mask."""
-
-MASK_BY_LAYER_TYPE = frozenset({"qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3"})
-"""Model types that take a mask for each type of layer."""
+from evomerge.fitness.sharing import MASK_BY_LAYER_TYPE, ONE_MASK, why_not_type
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -22,9 +18,9 @@ LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 def why_not(model: Any) -> str:
     """Return why a model cannot read branching rows; empty if it can."""
     config = model.config.get_text_config()
-    kind = config.model_type
-    if kind not in ONE_MASK | MASK_BY_LAYER_TYPE:
-        return f"models of type {kind} are not known to follow a mask and positions of our own"
+    problem = why_not_type(config.model_type)
+    if problem:
+        return problem
     attention = config._attn_implementation
     if attention not in ("sdpa", "eager"):
         return f"its attention ({attention}) takes no mask of our own"

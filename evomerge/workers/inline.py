@@ -39,6 +39,12 @@ class InlinePool(Pool):
         """Take a job."""
         self._jobs.append(job)
 
+    def withdraw(self) -> int:
+        """Forget the job that waits."""
+        count = len(self._jobs)
+        self._jobs.clear()
+        return count
+
     def wait(self, timeout: float) -> list[Outcome]:
         """Run the oldest job."""
         if not self._jobs or self._worker is None:

@@ -57,11 +57,15 @@ class Pool(ABC):
 
     @abstractmethod
     def free(self) -> int:
-        """Return how many jobs could start now."""
+        """Return how many jobs it takes now: those that could start, and what each worker does next."""
 
     @abstractmethod
     def submit(self, job: Job) -> None:
         """Take a job; it starts when a worker is free."""
+
+    @abstractmethod
+    def withdraw(self) -> int:
+        """Forget the jobs that no worker works on; return how many. They get no outcome."""
 
     @abstractmethod
     def wait(self, timeout: float) -> list[Outcome]:

@@ -154,8 +154,12 @@ class RayPool(Pool):
             self._collect(1.0)
 
     def free(self) -> int:
-        """Return the number of idle workers beyond the jobs that wait."""
-        return max(0, sum(slot.pending is None for slot in self._slots) - len(self._jobs))
+        """Return the number of idle workers, and one more for each that is up, beyond the jobs that wait.
+
+        A worker that ends one job finds the next here and does not wait for the driver.
+        """
+        idle = sum(slot.pending is None for slot in self._slots)
+        return max(0, idle + self.state().workers - len(self._jobs))
 
     def submit(self, job: Job) -> None:
         """Take a job."""
@@ -169,6 +173,12 @@ class RayPool(Pool):
                 slot.pending = slot.actor.run.remote(job)
                 slot.job, slot.attempts = job, attempts + 1
                 slot.deadline = time.monotonic() + job.deadline
+
+    def withdraw(self) -> int:
+        """Forget the jobs that no worker works on."""
+        count = len(self._jobs)
+        self._jobs.clear()
+        return count
 
     def wait(self, timeout: float) -> list[Outcome]:
         """Return what has come in."""

@@ -99,6 +99,18 @@ class PoolContract:
         assert outcome.status == "invalid"
         assert "sum to" in outcome.reason
 
+    def test_jobs_that_have_not_started_can_be_withdrawn(self, world: Path, pool: Pool) -> None:
+        jobs = jobs_of(plan_of(world), 5)
+        for job in jobs:
+            pool.submit(job)
+        withdrawn = pool.withdraw()
+        assert withdrawn >= 3
+        outcomes: list[Outcome] = []
+        while len(outcomes) < 5 - withdrawn:
+            outcomes += pool.wait(1.0)
+        assert pool.wait(0.0) == []
+        assert len(run_all(pool, jobs)) == 5
+
     def test_it_says_how_many_workers_are_up(self, pool: Pool) -> None:
         assert pool.state().workers >= 1
         assert pool.state().running == 0

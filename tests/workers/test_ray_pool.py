@@ -15,6 +15,7 @@ from evomerge.drive import make_pool
 from evomerge.errors import UserError
 from evomerge.workers.pool import Job, Pool
 from tests.contracts.pool import PoolContract, jobs_of, plan_of, run_all
+from tests.e2e.world import make_world
 
 pytestmark = pytest.mark.ray
 
@@ -45,10 +46,20 @@ def workers_of(pool: Pool) -> list[int]:
     return [p.pid for p in names]
 
 
+def test_each_worker_has_its_next_job_at_hand(tmp_path_factory: pytest.TempPathFactory) -> None:
+    plan = plan_of(make_world(tmp_path_factory.mktemp("world")), *RAY)
+    with make_pool(plan) as pool:
+        run_all(pool, jobs_of(plan, 4))
+        assert pool.state().workers == 2
+        for free, job in zip((4, 3, 2, 1), jobs_of(plan, 4), strict=True):
+            assert pool.free() == free
+            pool.submit(job)
+        assert pool.free() == 0
+        assert pool.state().running == 2
+
+
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
-    from tests.e2e.world import make_world
-
     return make_world(tmp_path)
 
 
