@@ -12,6 +12,10 @@ from safetensors.torch import load_file
 
 from evomerge.checkpoints.layout import layout_of
 from evomerge.checkpoints.source import Checkpoint
+from evomerge.config import parse_config
+from evomerge.optimizers.niches import Niches
+from evomerge.plan import Plan
+from evomerge.records import Proposal
 from evomerge.store import Store
 from tests.checkpoints.tiny import make_llama
 from tests.e2e.test_resume import SLOW, kill
@@ -88,6 +92,30 @@ def test_two_workers_are_recorded_in_order_of_arrival_and_resumed(world: Path, t
     after = history(store, "two")
     assert after["candidates"][: len(before["candidates"])] == before["candidates"]
     assert after["status"] == "finished"
+    living = {one["candidate"] for one in population(world, "two", store)["individuals"]}
+    assert living == replayed(world, store, "two")
+
+
+def replayed(world: Path, store: str, name: str) -> set[int]:
+    """Return who lives by the optimizer itself, over the real sources; it compares every genome."""
+    with Store.open(Path(store), create=False) as opened:
+        view = opened.run(name)
+        log = view.log()
+        optimizer = Plan(parse_config(view.config, name), world).optimizer()
+    assert isinstance(optimizer, Niches)
+    number = {asked.candidate.index: asked.candidate.number for asked in log.asked}
+    index = {n: i for i, n in number.items()}
+    told = list(log.told)
+    for asked in log.asked:
+        while told and len(log.told) - len(told) < asked.told_before:
+            outcome = told.pop(0)
+            optimizer.tell(index[outcome.candidate] or 0, outcome.score, outcome.values)
+        found = asked.candidate
+        optimizer.adopt(Proposal(found.index or 0, found.generation, found.genome or ()))
+    for outcome in told:
+        optimizer.tell(index[outcome.candidate] or 0, outcome.score, outcome.values)
+    assert optimizer.archive is not None
+    return {number[i] for i in optimizer.archive.numbers}
 
 
 def population(world: Path, run: str, store: str) -> dict[str, Any]:
