@@ -307,6 +307,9 @@ class Recipe(StrictModel):
                 del data[key]
         for source, written in zip(self.sources, data["sources"], strict=True):
             written["parameters"] = _plain(source.parameters)
+        if self.segments:  # in place of all parameters
+            for owner in (data, *data["sources"]):
+                del owner["parameters"]
         return data
 
     def to_yaml(self) -> str:

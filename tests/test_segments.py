@@ -39,6 +39,8 @@ def test_a_recipe_with_segments_is_read_back():
     tables = [{**TABLE, "roles": ["mlp"]}, {**TABLE, "roles": []}]
     one = recipe(segments=tables)
     assert parse_recipe(one.to_json(), "r") == one
+    assert "parameters" not in one.to_json()
+    assert "parameters" not in one.to_json()["sources"][0]
     assert "segments" not in recipe(segments=[]).to_json()
 
 
