@@ -17,7 +17,7 @@ from evomerge.optimizers.base import SteadyOptimizer
 from evomerge.optimizers.niches_archive import Archive, EliteGrid, NicheArchive
 from evomerge.optimizers.niches_coding import BoxCoding, Coding
 from evomerge.optimizers.niches_crossover import Angle, cross, draw_cuts
-from evomerge.optimizers.niches_evolution import Birth, Evolution
+from evomerge.optimizers.niches_evolution import Evolution
 from evomerge.optimizers.niches_sharing import Array
 from evomerge.optimizers.settings import NichesSettings
 from evomerge.records import Genome, Proposal, Value
@@ -39,6 +39,9 @@ class Niches(SteadyOptimizer):
 
     In a space of segments individuals are segment tables, and founders the sources. In any other space they
     are the numbers of the genome, mixed along straight lines and mutated.
+
+    Attributes:
+        parents: Proposal to those it is a child of; none of a founder.
     """
 
     rank_based = False
@@ -86,8 +89,7 @@ class Niches(SteadyOptimizer):
         self._evolution: Evolution | None = None
         self._waiting: dict[int, Table] = {}
         self._alike = False
-        self.births: dict[int, Birth] = {}
-        self.left: dict[int, int] = {}
+        self.parents: dict[int, tuple[int, ...]] = {}
 
     @property
     def archive(self) -> Archive | None:
@@ -130,33 +132,34 @@ class Niches(SteadyOptimizer):
         )
 
     def _draw(self, index: int) -> tuple[int, Genome]:
-        table, self.births[index] = self._next(index)
+        table, self.parents[index] = self._next(index)
         genome = self._founders[index] if index < len(self._founders) else self._coding.genome(table)
         self._waiting[index] = self._coding.table(genome)
         return index, tuple(map(float, genome))
 
-    def _next(self, index: int) -> tuple[Table, Birth]:
+    def _next(self, index: int) -> tuple[Table, tuple[int, ...]]:
+        """Return the table of a proposal, and whose child it is."""
         if index < len(self._founders):
-            return self._coding.table(self._founders[index]), Birth()
+            return self._coding.table(self._founders[index]), ()
         random = stream(self.seed, "niches", index)
         evolution = self._evolution
         warm_up = self.settings.size if self.settings.warm_up is None else self.settings.warm_up
         if index >= warm_up and evolution is not None and evolution.archive.numbers:
-            child, birth = evolution.breed(random)
+            child, parents = evolution.breed(random)
             if self._box is not None:
-                parents = [evolution.tables[number] for number in birth.parents]
-                child = self._box.settled(child, parents, index, self._mutation)
-            return child, birth
+                tables = [evolution.tables[number] for number in parents]
+                child = self._box.settled(child, tables, index, self._mutation)
+            return child, parents
         if self._box is not None:
-            return self._box.table(self._box.drawn(index)), Birth()
+            return self._box.table(self._box.drawn(index)), ()
         return self._merge_of_founders(random)
 
-    def _merge_of_founders(self, random: np.random.Generator) -> tuple[Table, Birth]:
+    def _merge_of_founders(self, random: np.random.Generator) -> tuple[Table, tuple[int, ...]]:
         first, second = random.choice(len(self._founders), 2, replace=False).tolist()
         tables = [self._coding.table(self._founders[i]) for i in (first, second)]
         cuts = draw_cuts(self._coding.cells, random, split_point=self.settings.split_point)
         child = cross(tables[0], tables[1], self._coding.cells, cuts, self._angle)
-        return child, Birth((first, second), cuts)
+        return child, (first, second)
 
     def _admit(self, index: int, table: Table, row: Array) -> None:
         if self._evolution is None:
@@ -168,9 +171,7 @@ class Niches(SteadyOptimizer):
                 angle=self._angle,
                 mutation=self._mutation,
             )
-        left = self._evolution.add(index, table, row)
-        if left is not None:
-            self.left[left] = index
+        self._evolution.add(index, table, row)
         self._note_if_alike(index, self._evolution.archive.scores)
 
     def _note_if_alike(self, index: int, scores: Array) -> None:

@@ -6,27 +6,12 @@ plain vectors of the paper's classifiers and the segment tables of language mode
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from evomerge.optimizers.niches_archive import Archive
-from evomerge.optimizers.niches_crossover import Angle, Cut, cross, draw_cuts
+from evomerge.optimizers.niches_crossover import Angle, cross, draw_cuts
 from evomerge.optimizers.niches_sharing import Array
 from evomerge.spaces.cells import Cells, Table
-
-
-@dataclass(frozen=True, slots=True)
-class Birth:
-    """Where a child comes from.
-
-    Attributes:
-        parents: Numbers of its parents: one if it was only mutated, none if it is a founder.
-        cuts: How it was crossed, one for each chromosome.
-    """
-
-    parents: tuple[int, ...] = ()
-    cuts: tuple[Cut, ...] = ()
 
 
 class Evolution:
@@ -56,14 +41,14 @@ class Evolution:
         self._mutation = mutation
         self.tables: dict[int, Table] = {}
 
-    def breed(self, random: np.random.Generator) -> tuple[Table, Birth]:
-        """Return a child of two who live, and whose it is; somebody must live."""
+    def breed(self, random: np.random.Generator) -> tuple[Table, tuple[int, ...]]:
+        """Return a child of those who live, and its parents: one if only mutated. Somebody must live."""
         first, second = self.archive.parents(random)
         if not self._crossover:
-            return self._mutated(self.tables[first], random), Birth((first,))
+            return self._mutated(self.tables[first], random), (first,)
         cuts = draw_cuts(self.cells, random, split_point=self._split_point)
         child = cross(self.tables[first], self.tables[second], self.cells, cuts, self._angle)
-        return self._mutated(child, random), Birth((first, second), cuts)
+        return self._mutated(child, random), (first, second)
 
     def add(self, number: int, table: Table, scores: Array) -> int | None:
         """Let an individual in; return who leaves, perhaps itself, or None."""

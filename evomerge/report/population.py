@@ -123,8 +123,8 @@ class Population:
             raise StoreError(f'run "{run.name}": nothing has been scored yet, so nobody lives')
         number = {index: candidate.number for index, candidate in self._candidates.items()}
         self.parents = {
-            number[index]: tuple(number[p] for p in birth.parents)
-            for index, birth in self._optimizer.births.items()
+            number[index]: tuple(number[parent] for parent in parents)
+            for index, parents in self._optimizer.parents.items()
             if index in number
         }
 

@@ -153,8 +153,8 @@ def test_founders_come_first_and_then_their_merges() -> None:
     assert isinstance(optimizer, Niches)
     asked = [optimizer.ask() for _ in range(40)]
     assert [one.genome for one in asked[:4] if one] == [*space.origins, extra]
-    assert all(set(optimizer.births[i].parents) <= {0, 1, 2, 3} for i in range(40))
-    assert {len(optimizer.births[i].parents) for i in range(4, 40)} == {2}
+    assert all(set(optimizer.parents[i]) <= {0, 1, 2, 3} for i in range(40))
+    assert {len(optimizer.parents[i]) for i in range(4, 40)} == {2}
 
 
 def test_a_proposal_recorded_with_other_rounding_is_taken_as_it_was() -> None:
@@ -235,6 +235,6 @@ def test_categories_come_from_a_parent() -> None:
         proposal = optimizer.ask()
         assert proposal is not None
         seen[index] = proposal.genome[0]
-        parents = optimizer.births[index].parents
+        parents = optimizer.parents[index]
         assert not parents or seen[index] in {seen[parent] for parent in parents}
         optimizer.tell(index, 0.5, {"t": [float(proposal.genome[1] > 0.5), float(seen[index] > 4)]})

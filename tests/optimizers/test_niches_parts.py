@@ -206,14 +206,14 @@ def test_evolution_keeps_the_weights_of_those_who_live_and_mutates_only_if_told(
     for number in range(2):
         evolution.add(number, np.full(6, float(number), dtype=np.float32), stream(number).random(6) > 0.5)
     for number in range(2, 30):
-        child, birth = evolution.breed(stream(3, number))
+        child, parents = evolution.breed(stream(3, number))
         assert ((child >= 0) & (child <= 1)).all()
-        assert len(birth.parents) == 2
+        assert len(parents) == 2
         evolution.add(number, child, stream(number).random(6) > 0.5)
     assert sorted(evolution.tables) == sorted(archive.numbers)
     mutating = Evolution(Cells.vector(6), NicheArchive(4, np.ones(6)), crossover=False, mutation=0.1)
     mutating.add(0, np.zeros(6, dtype=np.float32), np.ones(6))
-    child, birth = mutating.breed(stream(5))
-    assert birth.parents == (0,)
+    child, parents = mutating.breed(stream(5))
+    assert parents == (0,)
     assert child.dtype == np.float32
     assert 0.0 < np.abs(child).max() < 1.0
