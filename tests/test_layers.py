@@ -13,7 +13,7 @@ PACKAGE = Path(evomerge.__file__).parent
 LAYERS = (
     ("__main__", "cli", "demo"),
     ("drive", "evaluate", "soup"),
-    ("search", "plan", "config", "report", "population"),
+    ("search", "progress", "plan", "config", "report", "population"),
     ("workers",),
     ("merging", "fitness"),
     ("spaces", "optimizers", "store", "checkpoints"),
