@@ -42,7 +42,7 @@ def population_section(run: RunView, best: int | None) -> dict[str, Any] | None:
     return {
         "curves": _curves(found.curve),
         "looks": CURVES,
-        "lineage": _lineage(tree, {number: found.depth(number) for number in tree}),
+        "lineage": _lineage(tree, found.depths),
         "child": child,
         "ancestors": len(tree) - 1,
         "living": len(living),

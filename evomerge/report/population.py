@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -149,7 +150,7 @@ class Population:
                     alone,
                     self._niche(scores, place),
                     self.parents[candidate.number],
-                    self.depth(candidate.number),
+                    self.depths[candidate.number],
                     *self._segments(candidate),
                 )
             )
@@ -170,13 +171,14 @@ class Population:
             chosen.append(by_index[left.pop(place)])
         return chosen
 
-    def depth(self, number: int) -> int:
-        """Return how many generations a candidate is from the founders."""
+    @cached_property
+    def depths(self) -> dict[int, int]:
+        """Number of every proposed candidate to its generations from the founders."""
         known: dict[int, int] = {}
         for child in sorted(self.parents):
             parents = self.parents[child]
             known[child] = 1 + max(known[parent] for parent in parents) if parents else 0
-        return known[number]
+        return known
 
     def lineage(self, number: int) -> dict[int, tuple[int, ...]]:
         """Return a candidate and all its ancestors, with their parents."""
