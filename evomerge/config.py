@@ -75,7 +75,7 @@ class OptimizerSettings(BaseModel):
     """Which optimizer proposes candidates; its own settings stand beside its name.
 
     Attributes:
-        name: `cma_es`, `optuna` or `random`.
+        name: `cma_es`, `niches`, `optuna` or `random`.
         start: Recipe files; scored first, and the search begins from the best of them. None: the centre
             of the space.
     """
@@ -182,6 +182,11 @@ class RunConfig(StrictModel):
             self.optimizer.check()
         except ConfigError as problem:
             raise ValueError(str(problem)) from None
+        if self.space.kind == "segments" and self.optimizer.name != "niches":
+            raise ValueError(
+                "optimizer.name: a space of kind segments needs the optimizer niches, "
+                f"got {self.optimizer.name}"
+            )
         if self.fitness.resample is not None and self.optimizer.name != "cma_es":
             raise ValueError(
                 f"fitness.resample: fresh documents for each generation need the optimizer cma_es, "

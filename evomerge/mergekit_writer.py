@@ -40,6 +40,8 @@ def to_mergekit(recipe: Recipe, layout: FilterSource) -> dict[str, Any]:
     method = method_named(recipe.method)
     if not method.mergekit or method.name not in PEERS:
         raise RecipeError(f"mergekit has no method {recipe.method}")
+    if recipe.segments:
+        raise RecipeError("mergekit has no segments inside tensors; export the model instead")
     writer = _Writer(recipe, method, PEERS[method.name])
     writer.check()
     outputs = list(outline(recipe, layout).values())

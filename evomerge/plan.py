@@ -18,17 +18,20 @@ from evomerge.checkpoints.flows import flow_of
 from evomerge.checkpoints.layout import Layout, check_compatible, layout_of
 from evomerge.config import RunConfig
 from evomerge.errors import ConfigError, FitnessError, RecipeError, nearest
+from evomerge.fitness.measures import MEASURES
 from evomerge.fitness.scoring import TaskRule
 from evomerge.fitness.sharing import why_not_type
 from evomerge.fitness.tasks import TaskSet
 from evomerge.mergekit import read_any_recipe
 from evomerge.merging.nested import MergedCheckpoint, open_source
 from evomerge.optimizers import Optimizer, create
+from evomerge.population import founders, read_population
 from evomerge.recipe import Recipe, SourceRef, parse_recipe
 from evomerge.records import SPLITS, DocumentSet, Genome
 from evomerge.spaces.dataflow import whole_path
 from evomerge.spaces.making import Depths, make_space
-from evomerge.spaces.settings import ParameterSettings
+from evomerge.spaces.segments import SegmentSpace
+from evomerge.spaces.settings import ParameterSettings, SegmentsSettings
 from evomerge.strict import canonical_json, read_text
 from evomerge.workers.settings import WorkerSpec
 
@@ -81,17 +84,17 @@ class Plan:
             list(self.layout.places.values()),
             self.layout.num_layers,
             self._depths(),
+            self.checkpoints,
         )
         self._check_space()
-        if config.fitness.racing and not self.optimizer().generational:
+        self.seeded = self._seeded()
+        self._check_function()
+        self.tasks = TaskSet(config.fitness, config.seed, base_dir) if config.fitness.tasks else None
+        if not self.optimizer().generational and config.fitness.racing:
             raise ConfigError(
                 f"fitness.racing: needs an optimizer with generations, such as cma_es; "
                 f"{config.optimizer.name} has none"
             )
-        self.optimizer()
-        self.seeded = self._seeded()
-        self._check_function()
-        self.tasks = TaskSet(config.fitness, config.seed, base_dir) if config.fitness.tasks else None
         if self.tasks and config.fitness.share_prefixes:
             model = next(iter(self.checkpoints.values())).config
             problem = why_not_type(model.get("text_config", model)["model_type"])
@@ -162,7 +165,11 @@ class Plan:
             flow = flow_of(next(iter(self.checkpoints.values())).config)
         except RecipeError as problem:
             raise ConfigError(f"space.kind: {section.kind}: {problem}") from None
-        if not isinstance(section, ParameterSettings) and flow.unscalable and section.scaled:
+        if (
+            not isinstance(section, ParameterSettings | SegmentsSettings)
+            and flow.unscalable
+            and section.scaled
+        ):
             raise ConfigError(
                 f"space: scales cannot be folded into models of this family: {flow.unscalable}; write "
                 "scales: none for data_flow, scale_range: 0 for layer_edits"
@@ -173,7 +180,29 @@ class Plan:
         wanted = self.config.optimizer
         if start is None and self.paths:
             start = self.space.centre()
-        return create(wanted.name, self.space.dimensions, self.config.seed, wanted.settings, start)
+        more = self._for_niches() if wanted.name == "niches" else {}
+        return create(wanted.name, self.space.dimensions, self.config.seed, wanted.settings, start, **more)
+
+    def _for_niches(self) -> dict[str, Any]:
+        """Return what the optimizer niches takes besides: it looks at documents, and at segments."""
+        for name, rule in self.rules.items():
+            if rule.kind != "mean" or not rule.higher_is_better or rule.metric in MEASURES:
+                raise ConfigError(
+                    f"fitness.tasks: niches need scores from 0 to 1, higher is better, but {name} is "
+                    f"{rule.metric}; choose another metric, or another optimizer"
+                )
+        weights = {name: rule.weight for name, rule in self.rules.items()} or None
+        coding = self.space if isinstance(self.space, SegmentSpace) else None
+        return {"weights": weights, "coding": coding, "founders": self._founders}
+
+    @cached_property
+    def _founders(self) -> list[Genome]:
+        """The individuals of the population that the optimizer begins from."""
+        path = self.config.optimizer.settings.get("founders")
+        if path is None:
+            return []
+        sources = [self.refs[ref.name] for ref in self.config.sources.models]
+        return founders(read_population(self.base_dir / path), self.space, sources)
 
     def _seeded(self) -> tuple[Seeded, ...]:
         """Return the baselines and the recipes to start from, in the order in which they are scored."""
@@ -263,7 +292,13 @@ class Plan:
 
     def facts(self) -> dict[str, Any]:
         """Return what must not change while the run lasts, and what people will want to know."""
+        more: dict[str, Any] = {}
+        if isinstance(self.space, SegmentSpace):
+            more["chromosomes"] = self.space.facts()
+        if self.config.optimizer.settings.get("founders") is not None:
+            more["founders"] = [list(genome) for genome in self._founders]
         return {
+            **more,
             "sources": {name: ref.model_dump(exclude_none=True) for name, ref in self.refs.items()},
             "fitness": self.fitness_digest,
             "space": [[d.label, d.kind, d.size] for d in self.space.dimensions],
@@ -305,6 +340,8 @@ def drift(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         )
     if [list(d) for d in before["space"]] != now["space"]:
         changed.append("the space has other dimensions than at the start")
+    if before.get("founders") != now.get("founders"):
+        changed.append("the population that the run began from is another one now")
     return changed
 
 

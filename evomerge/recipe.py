@@ -45,6 +45,7 @@ from evomerge.rules import (
     value_at,
     without_unreachable,
 )
+from evomerge.segments import SegmentTable, check_segments, identity
 from evomerge.strict import StrictModel, canonical_json, dump_yaml, read_yaml, validated
 from evomerge.tokens import UNION, ModelToken, TokenRow, ZeroRow
 
@@ -57,6 +58,7 @@ __all__ = [
     "RecipeSource",
     "Rule",
     "Scalar",
+    "SegmentTable",
     "Setting",
     "Slice",
     "SourceRef",
@@ -134,6 +136,8 @@ class Recipe(StrictModel):
             place. Embedding, head and final norm come from the sources of the first and the last slice.
         path: The layers that the model runs through, one by one, with scales; in place of `slices`. Needs
             the method `passthrough`.
+        segments: In place of weights, for the method `linear`: coefficients of the sources by segments of the
+            flattened parameters; empty: none.
         dtype: Of the merged weights; None: each tensor keeps the dtype it has in the base, else first source.
     """
 
@@ -149,12 +153,18 @@ class Recipe(StrictModel):
     chat_template: str | None = Field(default=None, min_length=1)
     slices: tuple[Slice, ...] = ()
     path: LayerPath | None = None
+    segments: tuple[SegmentTable, ...] = ()
     dtype: Dtype | None = None
 
     @field_validator("parameters", mode="before")
     @classmethod
     def _long_form(cls, data: Any) -> Any:
         return {key: rules_of(key, value) for key, value in data.items()} if isinstance(data, dict) else data
+
+    @field_validator("segments")
+    @classmethod
+    def _canonical(cls, tables: tuple[SegmentTable, ...]) -> tuple[SegmentTable, ...]:
+        return tuple(table.merged() for table in tables)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -164,6 +174,7 @@ class Recipe(StrictModel):
             self._check_slices(method)
             if self.path is not None:
                 self._check_path(self.path, method)
+            self._check_segments(method)
             _complete(self.parameters, method, "method", "parameters")
             for source in self.sources:
                 _complete(source.parameters, method, "source", f"sources.{source.name}.parameters")
@@ -242,6 +253,22 @@ class Recipe(StrictModel):
                     f"sources.{source.name}.parameters: a path has scales of its own; leave these out"
                 )
 
+    def _check_segments(self, method: Method) -> None:
+        if not self.segments:
+            return
+        if method.name != "linear":
+            raise RecipeError(f"segments: are coefficients of the method linear, not of {method.name}")
+        if self.slices:
+            raise RecipeError("segments: go with whole models; leave out slices")
+        given = [name for name, settings in self._given().items() if _chosen(settings, method)]
+        if given:
+            raise RecipeError(f"{given[0]}: segments stand in place of weights; leave the parameters out")
+        check_segments(self.segments, [source.name for source in self.sources])
+
+    def _given(self) -> dict[str, dict[str, Setting]]:
+        owners = {f"sources.{source.name}.parameters": source.parameters for source in self.sources}
+        return {"parameters": self.parameters, **owners}
+
     @property
     def refs(self) -> tuple[SourceRef, ...]:
         """Every checkpoint it reads: the base, if any, then the sources."""
@@ -292,6 +319,8 @@ class Recipe(StrictModel):
             names = [ref.name for ref in self.refs]
             steps = [[names.index(step.source), step.layer, step.scale] for step in self.path.layers]
             content["path"] = [names.index(self.path.end), steps]
+        if self.segments:
+            content["segments"] = identity(self.segments)
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
     def located(self, base_dir: Path) -> Recipe:
@@ -321,7 +350,7 @@ class Recipe(StrictModel):
         """Return plain data that `Recipe.model_validate` takes back."""
         data: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
         data["parameters"] = plain_settings(self.parameters)
-        for key in ("slices", "tokens"):
+        for key in ("slices", "tokens", "segments"):
             if not data[key]:
                 del data[key]
         for source, written in zip(self.sources, data["sources"], strict=True):
@@ -335,6 +364,9 @@ class Recipe(StrictModel):
             data["base"]["recipe"] = self.base.recipe.to_json()
         if self.path is not None:
             data["path"] = self.path.to_json()
+        if self.segments:  # in place of all parameters
+            for owner in (data, *data["sources"]):
+                del owner["parameters"]
         return data
 
     def to_yaml(self) -> str:

@@ -153,7 +153,7 @@ class Search:
     def _tell(self, optimizer: Optimizer, candidate: Candidate, outcome: Outcome) -> None:
         if candidate.index is None:
             raise ValueError(f"candidate {candidate.number} was not proposed by the optimizer")
-        optimizer.tell(candidate.index, outcome.score)
+        optimizer.tell(candidate.index, outcome.score, outcome.values)
         self._told += 1
         state = optimizer.state()
         snapshot = None if state is None else Snapshot(optimizer.asked, self._told, state)
@@ -189,7 +189,7 @@ class Search:
                 outcome = told.popleft()
                 index = self._candidates[outcome.candidate].index
                 if index is not None:
-                    optimizer.tell(index, outcome.score)
+                    optimizer.tell(index, outcome.score, outcome.values)
                 self._told += 1
 
         for asked in log.asked:

@@ -13,12 +13,13 @@ PACKAGE = Path(evomerge.__file__).parent
 LAYERS = (
     ("__main__", "cli", "demo"),
     ("drive", "evaluate", "soup"),
-    ("search", "progress", "plan", "config", "report", "sourcing"),
+    ("search", "progress", "plan", "config", "report", "sourcing", "population"),
     ("workers",),
     ("merging", "fitness"),
     ("spaces", "optimizers", "store", "checkpoints"),
     (
-        *("recipe", "paths", "rules", "slices", "stacking", "tokens", "catalogue", "records", "strict"),
+        *("recipe", "paths", "rules", "segments", "slices", "stacking", "tokens", "catalogue", "records"),
+        "strict",
         *("mergekit", "mergekit_evolve", "mergekit_filters", "mergekit_methods", "mergekit_models"),
         *("mergekit_slices", "mergekit_tokens", "mergekit_writer"),
     ),

@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from evomerge.cli import adapters, inspect, look, models, runs, soup
+from evomerge.cli import adapters, inspect, look, models, population, runs, soup
 from evomerge.errors import LostRunError, UserError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ for command in (
     *inspect.COMMANDS,
 ):
     app.command()(command)
+app.add_typer(population.app)
 
 
 def _show_version(wanted: bool) -> None:

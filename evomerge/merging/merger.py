@@ -7,6 +7,7 @@ again for every candidate, with the same result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,7 @@ from evomerge.merging.methods import KERNELS, Kernel, Sources, Values
 from evomerge.merging.outline import Output, outline
 from evomerge.recipe import Recipe, Setting, SourceRef, value_at
 from evomerge.records import Place
+from evomerge.segments import Piece, Stretch, pieces, stretches
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -55,6 +57,7 @@ class Merger:
         self._kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
         self._outlined: tuple[Recipe, dict[str, Output]] | None = None
         self._whole: tuple[str, Any] | None = None
+        self._stretched: tuple[Any, dict[str, Stretch], tuple[int, ...]] | None = None
         self.layout = layout
 
     @property
@@ -110,6 +113,30 @@ class Merger:
             values = replace(work.values, whole=self._whole_of(recipe))
             KERNELS[recipe.method].merge(sources, work.prepared(), values, result)
         return result if out is None or out is result else out.copy_(result)
+
+    def pieces_of(self, recipe: Recipe, name: str) -> tuple[Piece, ...]:
+        """Return a tensor's part of the recipe's segment tables; nothing where there are none.
+
+        Raises:
+            RecipeError: A table has more entries than its tensors, or a tensor is in no table.
+        """
+        if not recipe.segments or not self.dtype_of(recipe, name).is_floating_point:
+            return ()
+        tensors = self._checkpoint(recipe.reference).tensors
+        key = recipe.reference.identity, tuple(table.roles for table in recipe.segments)
+        if self._stretched is None or self._stretched[0] != key:
+            places = [p for n, p in self.layout.places.items() if self.dtype_of(recipe, n).is_floating_point]
+            sizes = {place.name: math.prod(tensors[place.name].shape) for place in places}
+            self._stretched = (key, *stretches(places, sizes, key[1]))
+        _, lies, counts = self._stretched
+        lie = lies[name]
+        table, count = recipe.segments[lie.table], counts[lie.table]
+        if table.starts[-1] >= count:
+            raise RecipeError(
+                f"segments.{lie.table}.starts: a segment starts at entry {table.starts[-1]} of {count}; "
+                "the table is of other models"
+            )
+        return pieces(table, lie.start, math.prod(tensors[name].shape))
 
     def _whole_of(self, recipe: Recipe) -> Any:
         """Return what the recipe's method needs to know of the whole model, found once per candidate."""
@@ -189,6 +216,7 @@ class _Work:
             method=_scaled_by_depth(_at(recipe.parameters, output.place), output.place),
             sources=tuple(_at(source.parameters, output.place) for source in self.merged),
             seed=recipe.seed,
+            pieces=merger.pieces_of(recipe, output.place.name),
         )
 
     def sources(self) -> Sources:

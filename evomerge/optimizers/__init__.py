@@ -9,7 +9,13 @@ from typing import Any
 
 from evomerge.errors import ConfigError, nearest
 from evomerge.optimizers.base import Optimizer, StateError
-from evomerge.optimizers.settings import CmaEsSettings, OptunaSettings, RandomSettings, Settings
+from evomerge.optimizers.settings import (
+    CmaEsSettings,
+    NichesSettings,
+    OptunaSettings,
+    RandomSettings,
+    Settings,
+)
 from evomerge.records import Genome
 from evomerge.spaces.dimensions import Dimension
 
@@ -17,6 +23,7 @@ __all__ = ["OPTIMIZERS", "SETTINGS", "Optimizer", "StateError", "create", "setti
 
 OPTIMIZERS: dict[str, str] = {
     "cma_es": "evomerge.optimizers.cma_es:CmaEs",
+    "niches": "evomerge.optimizers.niches:Niches",
     "optuna": "evomerge.optimizers.optuna_samplers:OptunaSampler",
     "random": "evomerge.optimizers.random_search:RandomSearch",
 }
@@ -24,6 +31,7 @@ OPTIMIZERS: dict[str, str] = {
 
 SETTINGS: dict[str, type[Settings]] = {
     "cma_es": CmaEsSettings,
+    "niches": NichesSettings,
     "optuna": OptunaSettings,
     "random": RandomSettings,
 }
@@ -47,6 +55,7 @@ def create(
     seed: int,
     settings: Mapping[str, Any] | None = None,
     start: Genome | None = None,
+    **more: Any,
 ) -> Optimizer:
     """Return a new optimizer.
 
@@ -56,6 +65,7 @@ def create(
         seed: Root of its random streams.
         settings: By field name of `settings_of(name)`; what is missing has its default.
         start: The genome to begin from: the initial mean of `cma_es`, the first proposal of the others.
+        more: What only this optimizer takes; see its class.
 
     Raises:
         ConfigError: The optimizer or a setting is unknown, out of range, or does not fit the dimensions.
@@ -68,6 +78,6 @@ def create(
             raise ConfigError(f'optimizer.{given}: unknown setting of "{name}"{nearest(given, names)}')
     module, _, kind = OPTIMIZERS[name].partition(":")
     made: Optimizer = getattr(importlib.import_module(module), kind)(
-        dimensions, seed, known(**(settings or {})), start
+        dimensions, seed, known(**(settings or {})), start, **more
     )
     return made

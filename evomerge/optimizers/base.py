@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evomerge.errors import ConfigError, EvomergeError
-from evomerge.records import Genome, Proposal
+from evomerge.records import Genome, Proposal, Value
 from evomerge.spaces.dimensions import Dimension, check_genome
 
 HOPELESS = 50
@@ -87,16 +87,20 @@ class Optimizer(ABC):
         generation, genome = drawn
         return self._hand_out(Proposal(self._asked, generation, genome))
 
-    def tell(self, index: int, score: float | None) -> None:
+    def tell(
+        self, index: int, score: float | None, values: Mapping[str, Sequence[Value]] | None = None
+    ) -> None:
         """Take the score of a proposal.
 
         Args:
             index: The proposal's index.
             score: Higher is better; None: invalid or failed, which ranks worst. Ties go to the lower index.
+            values: Task to one value per document; only some optimizers look at them.
 
         Raises:
             ValueError: The score is not finite, or the index was never asked or was told before.
         """
+        del values
         if score is not None and not math.isfinite(score):
             raise ValueError(f"proposal {index}: the score {score} is not finite; tell None for a failure")
         if index not in self._outstanding:

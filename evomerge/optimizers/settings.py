@@ -119,6 +119,62 @@ class OptunaSettings(Settings):
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class NichesSettings(Settings):
+    """Settings of `niches`."""
+
+    archive: Literal["niches", "map_elites"] = _setting(
+        "niches", "who lives: the fittest of a fixed number, or MAP-Elites' grid over the tasks' scores"
+    )
+    size: int = _setting(15, "individuals in the archive, 2 or more (niches only)")
+    grid: int = _setting(4, "cells along each task's scores, 2 or more (map_elites only)")
+    warm_up: int | None = _setting(
+        None, "candidates before the first child; until then founders and their merges; default size"
+    )
+    alpha: float = _setting(
+        1.0, "how strongly rivals for a document count: 0 not at all (a genetic algorithm), 1 they share it"
+    )
+    competition: Literal["shared", "none"] = _setting(
+        "shared", "fitness: every document shared among its solvers, or the plain score (a genetic algorithm)"
+    )
+    attraction: bool = _setting(True, "draw the second parent by what it adds to the first")
+    crossover: bool = _setting(True, "off: a child is a mutated copy of one parent")
+    split_point: bool = _setting(True, "off: a child lies at one mixing ratio as a whole")
+    slerp_angle: Literal["global", "per_segment", "none"] | None = _setting(
+        None,
+        "segments are mixed along a great circle by the angle of the whole parents or of each part, or along "
+        "a straight line; default global",
+    )
+    mutation: float | None = _setting(
+        None, "standard deviation of mutations in shares of a range; default 0.05, in a space of segments 0"
+    )
+    documents: Literal["by_task", "equal"] = _setting(
+        "by_task", "weight of a document: its task's weight over the task's documents, or all alike"
+    )
+    founders: str | None = _setting(
+        None, "file of `evomerge population export`, whose individuals are founders too"
+    )
+
+    def __post_init__(self) -> None:
+        """Check types, ranges, and that each setting has an effect.
+
+        Raises:
+            ConfigError: A value is out of range, or belongs to another archive.
+        """
+        super().__post_init__()
+        _check("size", self.size, self.size >= 2, "2 or more")
+        _check("grid", self.grid, self.grid >= 2, "2 or more")
+        _check("warm_up", self.warm_up, self.warm_up is None or self.warm_up >= 0, "0 or more")
+        _check("alpha", self.alpha, self.alpha >= 0, "0 or more")
+        _check("mutation", self.mutation, self.mutation is None or self.mutation >= 0, "0 or more")
+        plain = {"alpha": 1.0, "competition": "shared", "attraction": True}
+        changed = [name for name, usual in plain.items() if getattr(self, name) != usual]
+        if self.archive == "map_elites" and changed:
+            raise ConfigError(f"optimizer.{changed[0]}: has no effect with archive map_elites")
+        if self.competition == "none" and self.alpha != 1.0:
+            raise ConfigError("optimizer.alpha: has no effect with competition none")
+
+
 def _check(name: str, value: object, good: bool, must: str) -> None:
     if not good:
         raise ConfigError(f"optimizer.{name}: must be {must}, got {value}")
@@ -136,6 +192,8 @@ def _check_type(name: str, value: object, hint: Any) -> None:
     elif float in parts:
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         _check(name, repr(value), number, "a finite number")
+    elif str in parts:
+        _check(name, repr(value), isinstance(value, str) and bool(value), "a text")
     elif bool in parts:
         _check(name, repr(value), isinstance(value, bool), "true or false")
     else:

@@ -19,6 +19,7 @@ from evomerge.recipe import Recipe, Rule, parse_recipe
 from evomerge.records import SPLITS
 from evomerge.report import figures
 from evomerge.report.figures import Drawing, Estimate, Look
+from evomerge.report.niches import population_section, segment_coefficients
 from evomerge.report.path_figure import path_drawing, path_in_words
 from evomerge.report.summary import Summary
 from evomerge.store import RunView
@@ -103,7 +104,8 @@ def _context(summary: Summary) -> dict[str, Any]:
         "recipe": recipe,
         "recipe_text": recipe.to_yaml() if recipe else json.dumps(best["recipe"], indent=2) if best else "",
         "path": _path(recipe, looks),
-        "coefficients": _coefficients(merge, int(run.facts.get("layers") or 0), looks),
+        "coefficients": _coefficients(merge, run.facts, looks),
+        "population": population_section(run, summary.best),
         "task_scores": _tasks(summary, models, looks),
         "gain_drawing": _gains(data["gains"]),
         "reasons": _reasons(summary),
@@ -194,8 +196,11 @@ def _tensors(rule: Rule, alone: bool) -> str:
     return " ".join(part for part in (rule.role, f'"{rule.match}"' if rule.match else None) if part)
 
 
-def _coefficients(recipe: Recipe | None, layers: int, looks: Mapping[int, Look]) -> dict[str, Any]:
+def _coefficients(
+    recipe: Recipe | None, facts: Mapping[str, Any], looks: Mapping[int, Look]
+) -> dict[str, Any]:
     """Return a figure of what varies over depth, and rows for what is one number."""
+    layers = int(facts.get("layers") or 0)
     empty: dict[str, Any] = {"drawing": None, "looks": [], "names": [], "constants": [], "whole": []}
     if recipe is None:
         return empty
@@ -210,6 +215,8 @@ def _coefficients(recipe: Recipe | None, layers: int, looks: Mapping[int, Look])
     for place, (owner, _) in enumerate(owners):
         # Sources that were no baselines, as in a run that is not that far.
         by_name.setdefault(owner, _look(owner, place))
+    if recipe.segments:
+        return segment_coefficients(recipe, facts, by_name) or empty
     panels, constants, whole = [], [], []
     for (parameter, tensors), rules in found.items():
         if layers > 1 and any(isinstance(rule.value, tuple) for rule in rules.values()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from evomerge.checkpoints.source import Checkpoint
 from evomerge.recipe import SourceRef
 from evomerge.records import Place
 from evomerge.spaces.base import Space
@@ -13,7 +14,8 @@ from evomerge.spaces.dataflow_edits import LayerEditsSpace
 from evomerge.spaces.dataflow_settings import DataFlowSettings, LayerEditsSettings
 from evomerge.spaces.joint import JointSpace, free_name, stand_in
 from evomerge.spaces.parameter import ParameterSpace
-from evomerge.spaces.settings import JointSettings, ParameterSettings, SpaceSettings
+from evomerge.spaces.segments import SegmentSpace
+from evomerge.spaces.settings import JointSettings, ParameterSettings, SegmentsSettings, SpaceSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ def make_space(
     places: Sequence[Place],
     num_layers: int,
     depths: Depths | None = None,
+    checkpoints: Mapping[str, Checkpoint] | None = None,
 ) -> Space:
     """Return the space of a config.
 
@@ -48,6 +51,7 @@ def make_space(
         places: Every tensor of the sources.
         num_layers: Number of decoder layers.
         depths: For spaces of layer paths; None: every source has `num_layers`.
+        checkpoints: Source name to checkpoint, for spaces of segments.
 
     Raises:
         ConfigError: The section does not fit the sources.
@@ -66,4 +70,7 @@ def make_space(
         free_name(list(counts))
         merge = ParameterSpace(settings.parameter, base, sources, places, num_layers)
         return JointSpace(merge, path_space(settings.path, [stand_in(), *sources]))
+    if isinstance(settings, SegmentsSettings):
+        found = checkpoints or {}
+        return SegmentSpace(settings, sources, [found[ref.name] for ref in sources], places)
     return path_space(settings, sources)

@@ -157,6 +157,8 @@ class ParameterSpace:
         Raises:
             ConfigError: The recipe is of another method, or of other sources.
         """
+        if recipe.segments:
+            raise ConfigError("a recipe with segments lies in a space of kind segments only")
         if recipe.method != self.method.name:
             raise ConfigError(f"a recipe of {recipe.method} does not lie in a space of {self.method.name}")
         theirs = self._matched(recipe)

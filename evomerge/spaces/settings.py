@@ -205,11 +205,49 @@ class JointSettings(StrictModel):
         return self.path.scaled
 
 
+class SegmentsSettings(StrictModel):
+    """Mixes of the sources that change along the flattened parameters; for the optimizer `niches`.
+
+    Attributes:
+        kind: `segments`: segment tables (M2N2, arXiv 2508.16204).
+        splits: Where a split point may lie: at any `parameter` (to the size of a cell), or only at the start
+            of a `tensor`, a `layer`, or the tensors of one `role` in a layer.
+        chromosomes: Roles that are flattened together and have a split point of their own, for each
+            chromosome; what is left is the last one. Empty: one chromosome.
+        cells: About how many cells the parameters are cut into where split points may lie inside tensors.
+        max_segments: From more segments than this, neighbours that differ least are merged.
+        merge_error: How far that may move the weights, as a share of the largest distance between two
+            sources (Euclidean, over all weights); segments that differ by more stay as they are.
+        dtype: Of the merged weights; None: as in the first source.
+        tokenizer: Name of the source that gives the tokenizer; None: the first.
+    """
+
+    kind: Literal["segments"]
+    splits: Literal["parameter", "tensor", "layer", "role"] = "parameter"
+    chromosomes: tuple[tuple[Role, ...], ...] = ()
+    cells: int = Field(default=4096, ge=1, le=2**16)
+    max_segments: int = Field(default=64, ge=1)
+    merge_error: float = Field(default=0.02, ge=0, le=1)
+    dtype: Dtype | None = None
+    tokenizer: str | None = None
+
+    @field_validator("chromosomes")
+    @classmethod
+    def _distinct(cls, chromosomes: tuple[tuple[Role, ...], ...]) -> tuple[tuple[Role, ...], ...]:
+        roles = [role for chromosome in chromosomes for role in chromosome]
+        if len(set(roles)) != len(roles) or () in chromosomes:
+            raise ValueError(
+                f"expected one or more roles each, none twice, got {[list(c) for c in chromosomes]}"
+            )
+        return chromosomes
+
+
 KINDS: dict[str, type[StrictModel]] = {
     "parameter": ParameterSettings,
     "data_flow": DataFlowSettings,
     "layer_edits": LayerEditsSettings,
     "joint": JointSettings,
+    "segments": SegmentsSettings,
 }
 """Kind of space to its settings."""
 
@@ -225,6 +263,7 @@ def _of_kind(data: Any, kinds: Collection[str] = KINDS) -> Any:
 
 
 SpaceSettings = Annotated[
-    ParameterSettings | DataFlowSettings | LayerEditsSettings | JointSettings, BeforeValidator(_of_kind)
+    ParameterSettings | DataFlowSettings | LayerEditsSettings | JointSettings | SegmentsSettings,
+    BeforeValidator(_of_kind),
 ]
 """The section as settings of any kind; a union of the kinds."""

@@ -69,6 +69,14 @@ class OptimizerContract:
             return None
         return quality(self.dimensions, proposal.genome)
 
+    def values(self, score: Score) -> dict[str, list[float]] | None:
+        """The scores of the documents that make up a score, for optimizers that look at them."""
+        del score
+        return None
+
+    def tell(self, optimizer: Optimizer, index: int, score: Score) -> None:
+        optimizer.tell(index, score, self.values(score))
+
     def drive(
         self,
         optimizer: Optimizer,
@@ -84,7 +92,7 @@ class OptimizerContract:
             if proposal is not None:
                 asked.append(proposal)
             elif told < len(asked):
-                optimizer.tell(asked[told].index, score(asked[told]))
+                self.tell(optimizer, asked[told].index, score(asked[told]))
                 told += 1
             else:
                 assert optimizer.finished, "no proposal, nothing outstanding, not finished"
@@ -104,7 +112,7 @@ class OptimizerContract:
             elif outstanding:
                 done = outstanding.pop(int(chance.integers(len(outstanding))))
                 score = self.score(done)
-                optimizer.tell(done.index, score)
+                self.tell(optimizer, done.index, score)
                 events.append(("tell", (done.index, score)))
                 if (state := optimizer.state()) is not None:
                     events.append(("state", json.dumps(state, allow_nan=False)))
@@ -124,14 +132,14 @@ class OptimizerContract:
                 if kind == "ask":
                     optimizer.adopt(data)
                 elif kind == "tell":
-                    optimizer.tell(*data)
+                    self.tell(optimizer, *data)
             return optimizer
         for kind, data in events:
             if kind == "ask" and data.index >= first:
                 optimizer.adopt(data)
         for kind, data in reversed(events):
             if kind == "tell" and data[0] >= first:
-                optimizer.tell(*data)
+                self.tell(optimizer, *data)
         return optimizer
 
     # -- asking -------------------------------------------------------------------------------------------
@@ -161,9 +169,9 @@ class OptimizerContract:
         assert {proposal.generation for proposal in whole} == {0}
         assert asked[: len(whole)] == whole
         for proposal in whole[1:]:
-            optimizer.tell(proposal.index, self.score(proposal))
+            self.tell(optimizer, proposal.index, self.score(proposal))
             assert optimizer.ask() is None
-        optimizer.tell(0, self.score(whole[0]))
+        self.tell(optimizer, 0, self.score(whole[0]))
         following = optimizer.ask()
         assert following is not None
         assert (following.index, following.generation) == (len(whole), 1)
@@ -191,14 +199,14 @@ class OptimizerContract:
         assert first is not None
         for bad in (math.nan, math.inf, -math.inf):
             with pytest.raises(ValueError, match="not finite"):
-                optimizer.tell(0, bad)
+                self.tell(optimizer, 0, bad)
         for unknown in (-1, 1, 1000):
             with pytest.raises(ValueError, match="never asked"):
-                optimizer.tell(unknown, 1.0)
+                self.tell(optimizer, unknown, 1.0)
         for one in (optimizer, twin):
-            one.tell(0, np.float64(0.5))
+            self.tell(one, 0, np.float64(0.5))
         with pytest.raises(ValueError, match="told before"):
-            optimizer.tell(0, 1.0)
+            self.tell(optimizer, 0, 1.0)
         following = [one.ask() for one in (optimizer, twin)]
         assert following[0] == following[1]
 
@@ -222,9 +230,9 @@ class OptimizerContract:
                 while asked < (place + 1 if eager else len(batch)):
                     assert shuffled.ask() == batch[asked]
                     asked += 1
-                shuffled.tell(batch[place].index, self.score(batch[place]))
+                self.tell(shuffled, batch[place].index, self.score(batch[place]))
             for proposal in batch:
-                ordered.tell(proposal.index, self.score(proposal))
+                self.tell(ordered, proposal.index, self.score(proposal))
         assert ordered.ask() == shuffled.ask()
 
     def test_only_the_order_of_scores_matters_if_declared(self) -> None:
@@ -261,7 +269,7 @@ class OptimizerContract:
                 if kind == "ask":
                     assert resumed.ask() == data, f"after {cut} events"
                 elif kind == "tell":
-                    resumed.tell(*data)
+                    self.tell(resumed, *data)
                 else:
                     assert json.dumps(resumed.state(), allow_nan=False) == data
             assert resumed.finished == optimizer.finished
@@ -278,10 +286,10 @@ class OptimizerContract:
         scores = dict(data for kind, data in events if kind == "tell")
         for proposal in proposals:
             for index in [one for one in reversed(scores) if generation[one] < proposal.generation]:
-                resumed.tell(index, scores.pop(index))
+                self.tell(resumed, index, scores.pop(index))
             resumed.adopt(proposal)
         for index in reversed(scores):
-            resumed.tell(index, scores[index])
+            self.tell(resumed, index, scores[index])
         assert resumed.ask() == original.ask()
 
     def test_a_foreign_proposal_is_not_adopted(self) -> None:

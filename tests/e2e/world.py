@@ -39,6 +39,10 @@ def score(model, tokenizer, request):
     return {"near": values.tolist()}
 
 
+def solved(model, tokenizer, request):
+    return {"near": [float(value > -3.0) for value in score(model, tokenizer, request)["near"]]}
+
+
 def broken(model, tokenizer, request):
     raise RuntimeError("the benchmark is down")
 

@@ -36,9 +36,15 @@ def shares(weights: list[float], normalize: bool) -> list[float]:
 
 @kernel("linear")
 class Linear(Kernel):
-    """`sum_i w_i theta_i`, the weights divided by their sum if `normalize`."""
+    """`sum_i w_i theta_i`, the weights divided by their sum if `normalize`; or as segment tables say."""
 
     def merge(self, sources: Sources, prepared: Any, values: Values, out: Tensor) -> None:  # noqa: D102
+        if values.pieces:
+            flat, target = [tensor.view(-1) for tensor in sources.tensors], out.view(-1)
+            for piece in values.pieces:
+                part = slice(piece.start, piece.stop)
+                weighted_sum([tensor[part] for tensor in flat], piece.coefficients, target[part])
+            return
         weights = shares(values.numbers("weight"), bool(values.method["normalize"]))
         weighted_sum(sources.tensors, weights, out)
 

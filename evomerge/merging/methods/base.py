@@ -19,6 +19,7 @@ from evomerge.merging.blocks import BLOCK_ELEMENTS, ROW_ELEMENTS, block_buffers,
 from evomerge.merging.loops import weighted_sum
 from evomerge.recipe import Scalar
 from evomerge.records import Place
+from evomerge.segments import Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +58,14 @@ class Values:
         sources: Parameters of each source.
         seed: The recipe's seed.
         whole: What `Kernel.whole` returned for this candidate; None for methods that look at one tensor.
+        pieces: The tensor's part of the recipe's segment tables, which stand in place of weights; often none.
     """
 
     method: Mapping[str, Scalar]
     sources: tuple[Mapping[str, Scalar], ...]
     seed: int
     whole: Any = None
+    pieces: tuple[Piece, ...] = ()
 
     def number(self, name: str) -> float:
         """Return a real parameter of the method."""
