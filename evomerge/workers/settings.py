@@ -68,7 +68,7 @@ class WorkerSettings(StrictModel):
         if self.device == "cpu":
             raise ValueError("device: engine vllm needs a GPU; got cpu")
         if gpus is not None and not (0 < gpus <= 1 if parallel == 1 else gpus == parallel):
-            expected = "above 0 and at most 1" if parallel == 1 else f"{parallel}, as tensor_parallel says"
+            expected = "above 0 and at most 1" if parallel == 1 else f"{parallel}, as tensor_parallel says,"
             raise ValueError(f"gpus: expected {expected} with engine vllm, got {gpus:g}")
         return self
 

@@ -28,6 +28,9 @@ from evomerge.workers.resident import TransformersResident, VllmResident
 from evomerge.workers.settings import WorkerSpec
 from evomerge.workers.worker import Worker
 from tests.checkpoints.tiny import edit_json, make_llama
+from tests.contracts.pool import plan_of
+from tests.e2e.world import TASKS as TASK_SETTINGS
+from tests.e2e.world import make_world, write_config
 from tests.fitness import tiny_tasks as tiny
 
 FAKES = Path(__file__).resolve().parents[1] / "fakes"
@@ -368,6 +371,40 @@ def test_sampling_is_refused(world: Path, vllm: ModuleType) -> None:
     outcome = Worker(spec_of(world, fitness=fitness)).run(job(recipe_of(world)))
     assert outcome.status == "failed"
     assert "fitness.tasks.sampled: its generation_kwargs ask for more than greedy" in outcome.reason
+
+
+# What a config says of it
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_world(tmp_path_factory.mktemp("small"))
+    write_config(folder, fitness=TASK_SETTINGS, workers={"engine": "vllm", "gpus": 0.25})
+    return folder
+
+
+def test_a_plan_tells_workers_the_engine(small: Path) -> None:
+    plan = plan_of(small, "space.dtype=bfloat16")
+    spec = plan.worker_spec(1)
+    assert (spec.engine, spec.tensor_parallel, spec.gpu_share, spec.dtype) == ("vllm", 1, 0.25, "bfloat16")
+    spread = plan_of(small, "workers={engine: vllm, tensor_parallel: 4}").worker_spec(1)
+    assert (spread.tensor_parallel, spread.gpu_share, spread.dtype) == (4, 1.0, None)
+    other = plan_of(small, "workers.engine=transformers")
+    assert other.worker_spec(1).engine == "transformers"
+    assert other.fitness_digest != plan.fitness_digest  # numbers of one engine are not those of the other
+
+
+def test_a_plan_refuses_what_the_engine_cannot_do(small: Path) -> None:
+    with pytest.raises(UserError, match=r"workers.engine: vllm only scores tasks; with fitness.function"):
+        plan_of(small, "fitness={function: fitness.py:score}")
+    task = small / "tasks" / "written.yaml"
+    (small / "tasks" / "sampled.yaml").write_text(
+        task.read_text()
+        .replace("task: written", "task: sampled")
+        .replace("max_gen_toks: 3", "do_sample: true")
+    )
+    with pytest.raises(UserError, match=r"fitness.tasks.sampled: its generation_kwargs .* use transformers"):
+        plan_of(small, "fitness.tasks=[sampled]")
 
 
 def test_a_harness_takes_any_engine(world: Path, vllm: ModuleType) -> None:
