@@ -17,7 +17,8 @@ from types import FrameType
 from evomerge.config import CHANGEABLE, RunConfig, parse_config
 from evomerge.errors import ConfigError, LostRunError, StoreError, UserError
 from evomerge.plan import Plan, drift
-from evomerge.search import Progress, Search
+from evomerge.progress import Progress
+from evomerge.search import Search
 from evomerge.store import Run, RunView, Store
 from evomerge.workers.inline import InlinePool
 from evomerge.workers.pool import Pool

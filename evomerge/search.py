@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from evomerge.errors import FitnessError
 from evomerge.fitness.racing import Race, Races
 from evomerge.fitness.selection import finalists, kept_baselines, search_score, winner
 from evomerge.optimizers import Optimizer
 from evomerge.plan import Plan
+from evomerge.progress import Progress
 from evomerge.recipe import Recipe
 from evomerge.records import Candidate, DocumentSet, Genome, Outcome, Proposal
 from evomerge.store import Run, Snapshot
@@ -29,31 +30,6 @@ BROKEN_AFTER = 5
 
 BROKEN_IN_A_ROW = 50
 """Failures in a row after which it does so in spite of earlier successes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What a listener is shown after each outcome.
-
-    Attributes:
-        phase: `baselines`, `search`, `select` or `test`.
-        done: Candidates finished in this phase, those of earlier sessions included.
-        total: Candidates in this phase.
-        best: Best search score of a searched candidate; None before the first.
-        current: Score of the latest outcome; None if it failed.
-        failures: Outcomes of the run without a score.
-        workers: Workers that are up.
-        deaths: Workers lost in this session.
-    """
-
-    phase: str
-    done: int
-    total: int
-    best: float | None
-    current: float | None
-    failures: int
-    workers: int
-    deaths: int
 
 
 class Search:

@@ -22,10 +22,10 @@ from evomerge.fitness.scoring import Interval, Resampled, plain_rules
 from evomerge.fitness.selection import Gain
 from evomerge.merging.stream import open_sources, write_model
 from evomerge.plan import Plan
+from evomerge.progress import Progress
 from evomerge.recipe import Recipe, SourceRef, parse_recipe
 from evomerge.records import Outcome
 from evomerge.report.export import mergekit_yaml
-from evomerge.search import Progress
 from evomerge.workers.inline import InlinePool
 from evomerge.workers.pool import Job, Pool
 

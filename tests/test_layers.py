@@ -13,7 +13,7 @@ PACKAGE = Path(evomerge.__file__).parent
 LAYERS = (
     ("__main__", "cli", "demo"),
     ("drive", "evaluate", "soup"),
-    ("search", "plan", "config", "report"),
+    ("search", "progress", "plan", "config", "report"),
     ("workers",),
     ("merging", "fitness"),
     ("spaces", "optimizers", "store", "checkpoints"),

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from evomerge.search import Progress as Step
+from evomerge.progress import Progress as Step
 
 PLAIN_SECONDS = 5.0
 """Least time between progress lines where there is no terminal."""

@@ -85,17 +85,17 @@ class Engine(ScoringEngine):
         return Planner(None if self.not_shared else self._costs(), limits).plan(requests)
 
     def _costs(self) -> Costs:
-        """Return costs in units of one token's products with the weights."""
+        """Return costs in units of one token's products with the weights.
+
+        From a layer's shapes alone: workers whose first candidates have other numbers of layers plan alike.
+        """
         config = self._model.config.get_text_config()
-        outside = {
-            id(table.weight)
-            for table in (self._model.get_input_embeddings(), self._model.get_output_embeddings())
-        }
-        weights = sum(p.numel() for p in self._model.parameters() if id(p) not in outside)
         heads = config.num_attention_heads
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        values = head * (getattr(config, "num_key_value_heads", None) or heads)
+        weights = config.hidden_size * (2 * head * heads + 2 * values + 3 * _inner(config))
         stage = STAGE_TOKENS.get(self._model.device.type, STAGE_TOKENS_ELSEWHERE)
-        return Costs(stage, 2 * width * config.num_hidden_layers / max(1, weights), self._pass_tokens)
+        return Costs(stage, 2 * head * heads / weights, self._pass_tokens)
 
     def loglikelihoods(self, plan: Plan) -> list[tuple[float, bool]]:
         """Return (sum of the targets' log-probabilities, whether greedy decoding gives them) per request.
@@ -282,14 +282,18 @@ def _out_of_memory(problem: RuntimeError) -> bool:
     return isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem)
 
 
+def _inner(config: Any) -> int:
+    """Return the width inside a feed-forward block."""
+    return int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+
+
 def _tokens_that_fit(model: Any) -> int:
     """Return how many tokens of one pass take about a third of the free memory, a power of two."""
     if model.device.type != "cuda":
         return 8192
     free, _ = torch.cuda.mem_get_info(model.device)
     config = model.config.get_text_config()
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     # Of one layer at a time: input, normed input, queries, keys, values, output, and the inner part.
-    per_token = model.dtype.itemsize * (8 * config.hidden_size + 3 * inner)
+    per_token = model.dtype.itemsize * (8 * config.hidden_size + 3 * _inner(config))
     fits = int(free / 3 / per_token)
     return min(65536, max(1024, 1 << max(0, fits.bit_length() - 1)))

@@ -121,6 +121,7 @@ class FitnessSettings(StrictModel):
         fewshot_as_multiturn: Give the examples as turns of a conversation; None: with a chat template, as
             the stock command does.
         batch_tokens: Most padded tokens in one forward pass; None: as many as fit into free memory.
+            Give a number where workers on unlike GPUs must agree in the last digit.
         share_prefixes: Forward what requests begin with alike (few-shot examples, the question before its
             choices) once per candidate.
     """
