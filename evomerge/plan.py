@@ -27,7 +27,7 @@ from evomerge.recipe import Recipe, SourceRef, parse_recipe
 from evomerge.records import SPLITS, DocumentSet, Genome
 from evomerge.spaces.parameter import ParameterSpace
 from evomerge.strict import canonical_json, read_text
-from evomerge.workers.settings import NO_FUNCTION, WorkerSpec
+from evomerge.workers.settings import NO_FUNCTION, WorkerSpec, vllm_refuses
 
 LIBRARIES = ("torch", "transformers", "lm-eval", "datasets", "cmaes", "optuna", "numpy", "ray")
 
@@ -103,10 +103,8 @@ class Plan:
         if self.tasks is None:
             raise ConfigError(NO_FUNCTION)
         recipes = [self.space.decode(self.space.centre()), *(seeded.recipe for seeded in self.seeded)]
-        if any(recipe.slices for recipe in recipes):
-            raise ConfigError(
-                "workers.engine: vllm keeps the layers it has; recipes with slices need transformers"
-            )
+        for problem in filter(None, map(vllm_refuses, recipes)):
+            raise ConfigError(problem)
         for name, loaded in self.tasks.tasks.items():
             task = loaded.task
             if task.OUTPUT_TYPE == "generate_until" and not is_plain_greedy(task.config.generation_kwargs):

@@ -16,7 +16,7 @@ from evomerge.fitness.vllm_engine import VllmEngine, VllmSettings
 from evomerge.merging.live import LiveModel
 from evomerge.merging.weights import MergedWeights, Origin
 from evomerge.recipe import Recipe, parse_recipe
-from evomerge.workers.settings import WorkerSpec
+from evomerge.workers.settings import WorkerSpec, vllm_refuses
 
 
 class Resident(ABC):
@@ -124,8 +124,9 @@ class VllmResident(Resident):
 
     def apply(self, recipe: Recipe) -> None:
         """Give the model the recipe's weights."""
-        if recipe.slices:
-            raise EngineError("workers.engine: vllm keeps the layers it has, but the recipe has slices")
+        problem = vllm_refuses(recipe)
+        if problem:
+            raise EngineError(problem)
         known = {ref.identity for ref in self._origin.sources}
         for ref in recipe.refs:
             if ref.identity not in known:

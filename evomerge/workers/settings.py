@@ -7,12 +7,21 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from evomerge.fitness.settings import FitnessSettings
-from evomerge.recipe import Dtype, SourceRef
+from evomerge.recipe import Dtype, Recipe, SourceRef
 from evomerge.strict import StrictModel
 
 Engine = Literal["transformers", "vllm"]
 
 NO_FUNCTION = "workers.engine: vllm only scores tasks; with fitness.function, use transformers"
+
+
+def vllm_refuses(recipe: Recipe) -> str:
+    """Return why vLLM cannot hold a recipe's model; empty if it can."""
+    path = getattr(recipe, "path", None)  # of data-flow recipes
+    if not recipe.slices and path is None:
+        return ""
+    kind = "slices" if recipe.slices else "a path"
+    return f"workers.engine: vllm keeps the layers it has; recipes with {kind} need transformers"
 
 
 class WorkerSettings(StrictModel):

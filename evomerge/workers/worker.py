@@ -51,10 +51,16 @@ class Worker:
         self._harness: Harness | None = None
 
     def run(self, job: Job) -> Outcome:
-        """Build and score one candidate."""
+        """Build and score one candidate.
+
+        Raises:
+            EngineError: The engine cannot be trusted or cannot do what the run asks, whatever the candidate.
+        """
         started = time.perf_counter()
         try:
             return self._run(job, started)
+        except EngineError:
+            raise
         except CandidateError as problem:
             return self._failed(job, "invalid", str(problem), started)
         except EvomergeError as problem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -251,9 +252,8 @@ def test_an_engine_that_stops_taking_weights_is_found_at_the_next_candidate(
     worker = Worker(spec_of(world))
     assert worker.run(job(recipe_of(world))).status == "ok"
     vllm.faults.add(fault)
-    outcome = worker.run(job(recipe_of(world, 0.1, 0.9)))
-    assert outcome.status == "failed"
-    assert "keeps old weights" in outcome.reason
+    with pytest.raises(EngineError, match="keeps old weights"):
+        worker.run(job(recipe_of(world, 0.1, 0.9)))
     vllm.faults.clear()
     assert worker.run(job(recipe_of(world, 0.1, 0.9))).status == "ok"
 
@@ -368,9 +368,9 @@ def test_sampling_is_refused(world: Path, vllm: ModuleType) -> None:
     fitness = FitnessSettings.model_validate(
         {"tasks": ["sampled"], "include_paths": ["tasks"], "documents": {"search": 4, "select": 2, "test": 1}}
     )
-    outcome = Worker(spec_of(world, fitness=fitness)).run(job(recipe_of(world)))
-    assert outcome.status == "failed"
-    assert "fitness.tasks.sampled: its generation_kwargs ask for more than greedy" in outcome.reason
+    worker = Worker(spec_of(world, fitness=fitness))
+    with pytest.raises(EngineError, match=r"tasks.sampled: its generation_kwargs ask for more than greedy"):
+        worker.run(job(recipe_of(world)))
 
 
 # What a config says of it
@@ -397,6 +397,16 @@ def test_a_plan_tells_workers_the_engine(small: Path) -> None:
 def test_a_plan_refuses_what_the_engine_cannot_do(small: Path) -> None:
     with pytest.raises(UserError, match=r"workers.engine: vllm only scores tasks; with fitness.function"):
         plan_of(small, "fitness={function: fitness.py:score}")
+    names = ("base", "one", "two")
+    recipe = {
+        "method": "task_arithmetic",
+        "base": {"name": "base", "path": "base"},
+        "sources": [{"name": name, "path": name} for name in names[1:]],
+        "slices": [{"layers": {name: [0, 2] for name in names}}],
+    }
+    (small / "sliced.yaml").write_text(json.dumps(recipe))
+    with pytest.raises(UserError, match=r"workers.engine: .* recipes with slices need transformers"):
+        plan_of(small, "optimizer.start=[sliced.yaml]")
     task = small / "tasks" / "written.yaml"
     (small / "tasks" / "sampled.yaml").write_text(
         task.read_text()
