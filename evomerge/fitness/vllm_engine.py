@@ -54,6 +54,7 @@ class VllmSettings:
         tensor_parallel: GPUs that the model is spread over.
         gpu_share: Part of each GPU that is ours, up to 1.
         batch_tokens: Most tokens in one step; None: as many as keep their logits within 1 GiB.
+        share_prefixes: Whether vLLM keeps its prefix cache.
     """
 
     model: Path
@@ -62,6 +63,7 @@ class VllmSettings:
     tensor_parallel: int = 1
     gpu_share: float = 1.0
     batch_tokens: int | None = None
+    share_prefixes: bool = True
 
 
 class VllmEngine(ScoringEngine):
@@ -78,15 +80,15 @@ class VllmEngine(ScoringEngine):
     def __init__(self, settings: VllmSettings) -> None:
         self._vllm = _imported()
         shell = _shell(settings.model)
-        vocabulary = int(shell.config.get_text_config().vocab_size)
-        self._llm = self._started(settings, vocabulary)
-        super().__init__(_lm(shell, settings.tokenizer, self._llm.llm_engine.model_config.max_model_len))
         self._read_generation_config(shell.generation_config)
         if not self.greedy_is_plain:
             raise EngineError(
                 f"workers.engine: vllm decodes greedily, but {settings.model / 'generation_config.json'} "
                 "asks for more (a penalty, beams, ...); take that out, or use transformers"
             )
+        vocabulary = int(shell.config.get_text_config().vocab_size)
+        self._llm = self._started(settings, vocabulary)
+        super().__init__(_lm(shell, settings.tokenizer, self._llm.llm_engine.model_config.max_model_len))
         known = min(len(self.lm.tokenizer), vocabulary)
         self._probe_tokens = [(7 + 31 * i) % known for i in range(min(PROBE_TOKENS, self.lm.max_length))]
         self._loaded: tuple[str, list[float]] | None = None
@@ -103,7 +105,7 @@ class VllmEngine(ScoringEngine):
                 gpu_memory_utilization=round(MEMORY * settings.gpu_share, 4),
                 max_num_batched_tokens=max(tokens, MAX_ROWS),
                 max_num_seqs=MAX_ROWS,
-                enable_prefix_caching=True,
+                enable_prefix_caching=settings.share_prefixes,
                 enable_chunked_prefill=True,
                 trust_remote_code=False,
                 generation_config="vllm",  # the model's own would set limits of its own

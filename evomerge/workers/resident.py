@@ -111,6 +111,7 @@ class VllmResident(Resident):
                 tensor_parallel=spec.tensor_parallel,
                 gpu_share=spec.gpu_share,
                 batch_tokens=spec.fitness.batch_tokens,
+                share_prefixes=spec.fitness.share_prefixes,
             )
         )
         alone = next(ref for ref in spec.sources if ref.name == spec.reference)

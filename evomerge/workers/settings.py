@@ -10,7 +10,7 @@ from evomerge.fitness.settings import FitnessSettings
 from evomerge.recipe import Dtype, Recipe, SourceRef
 from evomerge.strict import StrictModel
 
-Engine = Literal["transformers", "vllm"]
+EngineName = Literal["transformers", "vllm"]
 
 NO_FUNCTION = "workers.engine: vllm only scores tasks; with fitness.function, use transformers"
 
@@ -53,7 +53,7 @@ class WorkerSettings(StrictModel):
     pool: Literal["ray", "inline"] = "ray"
     count: Annotated[int, Field(ge=1, le=10_000)] | Literal["auto"] = "auto"
     cpus: float = Field(default=1.0, gt=0)
-    engine: Engine = "transformers"
+    engine: EngineName = "transformers"
     tensor_parallel: int = Field(default=1, ge=1, le=64)
     gpus: float | None = Field(default=None, ge=0)
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
@@ -116,6 +116,6 @@ class WorkerSpec(StrictModel):
     dtype: Dtype | None = None
     threads: int = 1
     memory_gib: float | None = None
-    engine: Engine = "transformers"
+    engine: EngineName = "transformers"
     tensor_parallel: int = 1
     gpu_share: float = 1.0

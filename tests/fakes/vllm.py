@@ -169,7 +169,8 @@ class LLM:
             raise ValueError(f"The prompt ({len(prompt)} tokens) is longer than the maximum model length")
         assert params.temperature == 0
         scored = params.prompt_logprobs is not None
-        cache, cached = (DynamicCache(), 0) if scored else self._cached(prompt)
+        shares = self.arguments["enable_prefix_caching"] is not False
+        cache, cached = (DynamicCache(), 0) if scored or not shares else self._cached(prompt)
         logits = self._forward(prompt[cached:], cache)
         self._keep(prompt, cache)
         tables = None

@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +26,7 @@ from evomerge.merging.weights import MergedWeights
 from evomerge.recipe import Recipe, SourceRef, parse_recipe
 from evomerge.workers.pool import Job
 from evomerge.workers.resident import TransformersResident, VllmResident
-from evomerge.workers.settings import WorkerSpec
+from evomerge.workers.settings import WorkerSpec, vllm_refuses
 from evomerge.workers.worker import Worker
 from tests.checkpoints.tiny import edit_json, make_llama
 from tests.contracts.pool import plan_of
@@ -188,13 +188,17 @@ def parse_own(folder: Path) -> Recipe:
     return parse_recipe({"method": "linear", "sources": [source]}, "recipe")
 
 
-def test_a_prompt_that_begins_as_another_is_read_from_the_cache(world: Path, vllm: ModuleType) -> None:
-    engine = resident_of(world).engine()
-    shared = tuple(5 + k % 40 for k in range(64))
-    requests = [TokenRequest((*shared, k), (), ("</s>",), 1) for k in range(4, 8)]
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_prompt_that_begins_as_another_is_read_from_the_cache(
+    shared: bool, world: Path, vllm: ModuleType
+) -> None:
+    fitness = spec_of(world).fitness.model_copy(update={"share_prefixes": shared})
+    engine = resident_of(world, fitness=fitness).engine()
+    begins = tuple(5 + k % 40 for k in range(64))
+    requests = [TokenRequest((*begins, k), (), ("</s>",), 1) for k in range(4, 8)]
     engine.reset_counts()
     engine.generate(requests)
-    assert engine.counts["tokens"] == 65 + 3 * 1
+    assert engine.counts["tokens"] == (65 + 3 * 1 if shared else 4 * 65)
     assert engine.counts["unshared_tokens"] == 4 * 65
 
 
@@ -356,6 +360,13 @@ def test_slices_and_foreign_sources_are_refused(world: Path, vllm: ModuleType) -
     foreign["base"]["fingerprint"] = "0" * 64
     with pytest.raises(UserError, match="source base .* is not among the checkpoints"):
         resident.apply(parse_recipe(foreign, "recipe"))
+
+
+def test_a_recipe_with_a_path_of_layers_is_refused() -> None:
+    refused: Any = SimpleNamespace(slices=(), path=object())
+    assert vllm_refuses(refused) == (
+        "workers.engine: vllm keeps the layers it has; recipes with a path need transformers"
+    )
 
 
 def test_sampling_is_refused(world: Path, vllm: ModuleType) -> None:
