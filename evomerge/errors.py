@@ -7,6 +7,7 @@ EvomergeError
 │   ├── RecipeError      a recipe, or a mergekit file that cannot be read as one
 │   ├── SourceError      a checkpoint that is missing, broken, or does not fit the others
 │   ├── FitnessError     a task, a metric, a document count, a fitness callable
+│   ├── EngineError      an engine that is absent, cannot start, or does not take new weights
 │   └── StoreError       a store or run that is missing, taken, damaged, or of another version
 ├── CandidateError       one candidate is at fault: it becomes an outcome, the run goes on
 └── LostRunError         another driver has taken the run over; this one must stop writing
@@ -43,6 +44,10 @@ class SourceError(UserError):
 
 class FitnessError(UserError):
     """A task, metric, document count or fitness callable is wrong."""
+
+
+class EngineError(UserError):
+    """An engine is not installed, cannot start, cannot do what is asked, or keeps old weights."""
 
 
 class StoreError(UserError):

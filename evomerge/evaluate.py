@@ -39,6 +39,9 @@ def evaluate_model(model: str, config: RunConfig, base_dir: Path, split: str) ->
         device=config.workers.device,
         dtype=config.workers.dtype,
         threads=config.workers.threads or os.cpu_count() or 1,
+        engine=config.workers.engine,
+        tensor_parallel=config.workers.tensor_parallel,
+        gpu_share=config.workers.gpu_share,
     )
     recipe = parse_recipe({"method": "linear", "sources": [source.model_dump(exclude_none=True)]}, "model")
     outcome = Worker(spec).run(Job(0, recipe.to_json(), split, float("inf")))

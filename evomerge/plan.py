@@ -18,6 +18,7 @@ from evomerge.checkpoints.flows import flow_of
 from evomerge.checkpoints.layout import Layout, check_compatible, layout_of
 from evomerge.config import RunConfig
 from evomerge.errors import ConfigError, FitnessError, RecipeError, nearest
+from evomerge.fitness.greedy import is_plain_greedy, no_sampling
 from evomerge.fitness.measures import MEASURES
 from evomerge.fitness.scoring import TaskRule
 from evomerge.fitness.sharing import why_not_type
@@ -33,7 +34,7 @@ from evomerge.spaces.making import Depths, make_space
 from evomerge.spaces.segments import SegmentSpace
 from evomerge.spaces.settings import ParameterSettings, SegmentsSettings
 from evomerge.strict import canonical_json, read_text
-from evomerge.workers.settings import WorkerSpec
+from evomerge.workers.settings import NO_FUNCTION, WorkerSpec, vllm_refuses
 
 LIBRARIES = ("torch", "transformers", "lm-eval", "datasets", "cmaes", "optuna", "numpy", "ray")
 
@@ -95,7 +96,9 @@ class Plan:
                 f"fitness.racing: needs an optimizer with generations, such as cma_es; "
                 f"{config.optimizer.name} has none"
             )
-        if self.tasks and config.fitness.share_prefixes:
+        if config.workers.engine == "vllm":
+            self._check_vllm()
+        elif self.tasks and config.fitness.share_prefixes:
             model = next(iter(self.checkpoints.values())).config
             problem = why_not_type(model.get("text_config", model)["model_type"])
             if problem:
@@ -120,6 +123,18 @@ class Plan:
         layers = sum(inside)
         other = first.num_parameters - layers * layouts[self.config.sources.models[0].name].num_layers
         return Depths({name: layout.num_layers for name, layout in layouts.items()}, layers, other)
+
+    def _check_vllm(self) -> None:
+        """Refuse what the engine vllm cannot do."""
+        if self.tasks is None:
+            raise ConfigError(NO_FUNCTION)
+        recipes = [self.space.decode(self.space.centre()), *(seeded.recipe for seeded in self.seeded)]
+        for problem in filter(None, map(vllm_refuses, recipes)):
+            raise ConfigError(problem)
+        for name, loaded in self.tasks.tasks.items():
+            task = loaded.task
+            if task.OUTPUT_TYPE == "generate_until" and not is_plain_greedy(task.config.generation_kwargs):
+                raise ConfigError(no_sampling(name))
 
     def _check_function(self) -> None:
         """Look for the fitness callable without importing it, which may load torch."""
@@ -270,16 +285,22 @@ class Plan:
             base_dir=str(self.base_dir),
             seed=self.config.seed,
             device=workers.device,
-            dtype=workers.dtype,
+            dtype=workers.dtype or (self.config.space.dtype if workers.engine == "vllm" else None),
             threads=threads,
             memory_gib=workers.memory_gib,
+            engine=workers.engine,
+            tensor_parallel=workers.tensor_parallel,
+            gpu_share=workers.gpu_share,
         )
 
     @cached_property
     def fitness_digest(self) -> str:
         """SHA-256 over everything that decides a score besides the model."""
         if self.tasks is not None:
-            return self.tasks.fingerprint
+            engine, tasks = self.config.workers.engine, self.tasks.fingerprint
+            if engine == "transformers":
+                return tasks
+            return hashlib.sha256(canonical_json([tasks, engine]).encode()).hexdigest()
         spec = self.config.fitness.function or ""
         file = self.base_dir / spec.partition(":")[0]
         code = file.read_bytes() if file.is_file() else b""
@@ -335,7 +356,7 @@ def drift(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             )
     if before["fitness"] != now["fitness"]:
         changed.append(
-            "the fitness (tasks, documents, prompts, or the function's file) changed: fingerprint "
+            "the fitness (tasks, documents, prompts, engine, or the function's file) changed: fingerprint "
             f"{before['fitness'][:12]} at the start, {now['fitness'][:12]} now"
         )
     if [list(d) for d in before["space"]] != now["space"]:

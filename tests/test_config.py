@@ -237,6 +237,28 @@ def test_a_bare_path_names_its_source(path, name):
         ),
         ("workers.device", "gpu", "workers.device: expected 'auto', 'cpu' or 'cuda', got \"gpu\""),
         ("workers.resources", {"TPU": "x"}, 'workers.resources.TPU: expected a number, got "x"'),
+        ("workers.engine", "sglang", "workers.engine: expected 'transformers' or 'vllm', got \"sglang\""),
+        (
+            "workers.tensor_parallel",
+            2,
+            "workers.tensor_parallel: needs engine: vllm; transformers holds a model on one device",
+        ),
+        ("workers", {"engine": "vllm", "device": "cpu"}, "workers.device: engine vllm needs a GPU; got cpu"),
+        (
+            "workers",
+            {"engine": "vllm", "gpus": 2},
+            "workers.gpus: expected above 0 and at most 1 with engine vllm, got 2",
+        ),
+        (
+            "workers",
+            {"engine": "vllm", "gpus": 0},
+            "workers.gpus: expected above 0 and at most 1 with engine vllm, got 0",
+        ),
+        (
+            "workers",
+            {"engine": "vllm", "tensor_parallel": 4, "gpus": 1},
+            "workers.gpus: expected 4, as tensor_parallel says, with engine vllm, got 1",
+        ),
     ],
 )
 def test_faults_name_the_key_what_was_expected_and_what_was_got(key, value, message):
@@ -362,7 +384,7 @@ def test_unchanged_facts_do_not_drift():
         ),
         (
             {"fitness": "e" * 64},
-            "the fitness (tasks, documents, prompts, or the function's file) changed: "
+            "the fitness (tasks, documents, prompts, engine, or the function's file) changed: "
             "fingerprint ffffffffffff at the start, "
             "eeeeeeeeeeee now",
         ),

@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -21,9 +20,9 @@ from torch import Tensor
 from evomerge.errors import CandidateError, FitnessError
 from evomerge.fitness.batches import Limits, Pass, Plan, Planner
 from evomerge.fitness.branches import Trunk, head_on, masks, why_not, window_of
-from evomerge.fitness.encoding import Encoder, TokenRequest
+from evomerge.fitness.contract import ScoringEngine
+from evomerge.fitness.encoding import TokenRequest
 from evomerge.fitness.generation import Decoding, Prompts, prompts
-from evomerge.fitness.greedy import is_plain_config
 from evomerge.fitness.prefixes import Costs
 from evomerge.fitness.tasks import lm_eval_quiet
 
@@ -44,7 +43,7 @@ STAGE_TOKENS_ELSEWHERE = 1024.0
 T = TypeVar("T")
 
 
-class Engine:
+class Engine(ScoringEngine):
     """Answers token requests with the model's present weights.
 
     Args:
@@ -60,12 +59,8 @@ class Engine:
         from lm_eval.models.huggingface import HFLM
 
         with lm_eval_quiet():
-            self.lm: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=STOCK_BATCH)
-        encoder = Encoder(self.lm)
-        self.encode, self.encode_pair = encoder.encode, encoder.pair
-        self.counts: dict[str, float] = {}
+            super().__init__(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=STOCK_BATCH))
         self.rebind(model)
-        self.reset_counts()
         self.not_shared = why_not(model) if share_prefixes else "fitness.share_prefixes is off"
         self._batch_tokens = batch_tokens or _tokens_that_fit(model)
         on_cpu = model.device.type == "cpu"
@@ -75,19 +70,7 @@ class Engine:
         """Forward another model from now on, of the same architecture."""
         self._model = self.lm._model = model
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
-        self.greedy_is_plain = is_plain_config(model.generation_config)
-        ends = model.generation_config.eos_token_id
-        self._ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-
-    def count_tokens(self, text: str) -> int:
-        """Return how many tokens the tokenizer makes of a text."""
-        return len(self.lm.tokenizer.encode(text, add_special_tokens=False))
-
-    def reset_counts(self) -> None:
-        """Start counting anew; see `harness.Evaluation`."""
-        self.counts = dict.fromkeys(
-            ("requests", "tokens", "padded_tokens", "unshared_tokens", "generated"), 0.0
-        )
+        self._read_generation_config(model.generation_config)
 
     # Log-likelihoods.
 
@@ -248,16 +231,6 @@ class Engine:
         self._count(requests=len(texts))
         return texts
 
-    def check_finite(self, request: TokenRequest) -> None:
-        """Forward one generation request.
-
-        Raises:
-            CandidateError: The model's logits are not finite.
-        """
-        counts = dict(self.counts)
-        self.generate([replace(request, max_new_tokens=1)])
-        self.counts = counts
-
     # Both.
 
     def _fitting(self, work: Callable[[], T], smaller: Callable[[], None]) -> T:
@@ -277,10 +250,6 @@ class Engine:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             smaller()
-
-    def _count(self, **counts: float) -> None:
-        for name, count in counts.items():
-            self.counts[name] += count
 
 
 def _summed(

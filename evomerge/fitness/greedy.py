@@ -43,3 +43,11 @@ def is_plain_config(config: Any) -> bool:
         name in _NO_MATTER or not value or _NEUTRAL.get(name) == value
         for name, value in config.to_diff_dict().items()
     )
+
+
+def no_sampling(task: str) -> str:
+    """Return the message for a task that wants more than greedy decoding."""
+    return (
+        f"fitness.tasks.{task}: its generation_kwargs ask for more than greedy decoding, which "
+        "workers.engine: vllm does not do; use transformers"
+    )

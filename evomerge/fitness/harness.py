@@ -13,6 +13,7 @@ from typing import Any
 
 from evomerge.errors import CandidateError, FitnessError
 from evomerge.fitness.batches import Plan
+from evomerge.fitness.contract import ScoringEngine
 from evomerge.fitness.encoding import TokenRequest
 from evomerge.fitness.engine import Engine
 from evomerge.fitness.greedy import is_plain_greedy
@@ -103,20 +104,22 @@ class Harness:
 
     Args:
         tasks: The run's tasks.
-        model: The resident transformers model.
-        tokenizer: Its tokenizer.
+        engine: What answers their requests.
     """
 
-    def __init__(self, tasks: TaskSet, model: Any, tokenizer: Any) -> None:
+    def __init__(self, tasks: TaskSet, engine: ScoringEngine) -> None:
         self._tasks = tasks
-        settings = tasks.settings
-        self.engine = Engine(model, tokenizer, settings.batch_tokens, share_prefixes=settings.share_prefixes)
+        self.engine = engine
         self._splits: dict[tuple[str, str], dict[int, _Prepared]] = {}
         self._work: dict[tuple[DocumentSet, int], _Work] = {}
 
-    def rebind(self, model: Any) -> None:
-        """Score another model object from now on; requests and tokens stay."""
-        self.engine.rebind(model)
+    @classmethod
+    def of_model(cls, tasks: TaskSet, model: Any, tokenizer: Any) -> Harness:
+        """Return one that scores a transformers model as the tasks' settings say."""
+        settings = tasks.settings
+        return cls(
+            tasks, Engine(model, tokenizer, settings.batch_tokens, share_prefixes=settings.share_prefixes)
+        )
 
     def prepare(self, split: str) -> None:
         """Build and tokenise the requests of a split now rather than at its first use."""

@@ -75,7 +75,9 @@ class RayPool(Pool):
         self._ray = self._connect()
         total = self._ray.cluster_resources()
         settings = self._settings
-        gpus = settings.gpus if settings.gpus is not None else float(total.get("GPU", 0) > 0)
+        gpus = settings.gpus
+        if gpus is None:
+            gpus = float(settings.tensor_parallel) if total.get("GPU", 0) > 0 else 0.0
         self._needs = {"CPU": settings.cpus, "GPU": gpus, **settings.resources}
         room = self._room(total)
         if room < 1:

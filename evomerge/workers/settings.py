@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from evomerge.fitness.settings import FitnessSettings
-from evomerge.recipe import Dtype, SourceRef
+from evomerge.recipe import Dtype, Recipe, SourceRef
 from evomerge.strict import StrictModel
+
+EngineName = Literal["transformers", "vllm"]
+
+NO_FUNCTION = "workers.engine: vllm only scores tasks; with fitness.function, use transformers"
+
+
+def vllm_refuses(recipe: Recipe) -> str:
+    """Return why vLLM cannot hold a recipe's model; empty if it can."""
+    if not recipe.slices and recipe.path is None:
+        return ""
+    kind = "slices" if recipe.slices else "a path"
+    return f"workers.engine: vllm keeps the layers it has; recipes with {kind} need transformers"
 
 
 class WorkerSettings(StrictModel):
@@ -19,7 +31,11 @@ class WorkerSettings(StrictModel):
             (it cannot end a candidate that hangs).
         count: Number of workers; `auto`: as many as the cluster's resources hold.
         cpus: CPUs of each worker.
-        gpus: GPUs of each worker, may be a fraction; None: 1 where the cluster has any, else 0.
+        engine: What holds the model and scores it: `transformers`, or `vllm` for tasks on GPUs, which needs
+            `pip install 'evomerge[vllm]'`.
+        tensor_parallel: GPUs that `vllm` spreads each worker's model over.
+        gpus: GPUs of each worker, may be a fraction; None: `tensor_parallel` where the cluster has any,
+            else 0. With `vllm` a fraction is also the share of the GPU's memory: 0.5 puts two on a GPU.
         resources: Custom Ray resources of each worker.
         threads: Threads of each worker's arithmetic; None: its CPUs. Scores can differ in the last digit
             between thread counts.
@@ -36,6 +52,8 @@ class WorkerSettings(StrictModel):
     pool: Literal["ray", "inline"] = "ray"
     count: Annotated[int, Field(ge=1, le=10_000)] | Literal["auto"] = "auto"
     cpus: float = Field(default=1.0, gt=0)
+    engine: EngineName = "transformers"
+    tensor_parallel: int = Field(default=1, ge=1, le=64)
     gpus: float | None = Field(default=None, ge=0)
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     threads: int | None = Field(default=None, ge=1)
@@ -45,6 +63,27 @@ class WorkerSettings(StrictModel):
     retries: int = Field(default=2, ge=0, le=20)
     memory_gib: float | None = Field(default=None, gt=0)
     ray_address: str | None = None
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> Self:
+        parallel, gpus = self.tensor_parallel, self.gpus
+        if self.engine != "vllm":
+            if parallel > 1:
+                raise ValueError(
+                    "tensor_parallel: needs engine: vllm; transformers holds a model on one device"
+                )
+            return self
+        if self.device == "cpu":
+            raise ValueError("device: engine vllm needs a GPU; got cpu")
+        if gpus is not None and not (0 < gpus <= 1 if parallel == 1 else gpus == parallel):
+            expected = "above 0 and at most 1" if parallel == 1 else f"{parallel}, as tensor_parallel says,"
+            raise ValueError(f"gpus: expected {expected} with engine vllm, got {gpus:g}")
+        return self
+
+    @property
+    def gpu_share(self) -> float:
+        """Part of each of its GPUs that is a worker's own."""
+        return min(1.0, self.gpus or 1.0)
 
 
 class WorkerSpec(StrictModel):
@@ -61,6 +100,9 @@ class WorkerSpec(StrictModel):
         dtype: As in `WorkerSettings`.
         threads: Threads of the worker's arithmetic.
         memory_gib: As in `WorkerSettings`.
+        engine: As in `WorkerSettings`.
+        tensor_parallel: As in `WorkerSettings`.
+        gpu_share: Part of each of its GPUs that is the worker's own.
     """
 
     sources: tuple[SourceRef, ...]
@@ -73,3 +115,6 @@ class WorkerSpec(StrictModel):
     dtype: Dtype | None = None
     threads: int = 1
     memory_gib: float | None = None
+    engine: EngineName = "transformers"
+    tensor_parallel: int = 1
+    gpu_share: float = 1.0

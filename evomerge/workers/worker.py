@@ -11,27 +11,27 @@ from pathlib import Path
 
 import torch
 
-from evomerge.errors import CandidateError, EvomergeError
+from evomerge.errors import CandidateError, EngineError, EvomergeError
 from evomerge.fitness.function import evaluate_function, load_function
 from evomerge.fitness.harness import Evaluation, Harness
 from evomerge.fitness.racing import Race
 from evomerge.fitness.tasks import TaskSet
-from evomerge.merging.live import LiveModel
 from evomerge.merging.nested import open_source
 from evomerge.recipe import Recipe, parse_recipe
 from evomerge.records import DocumentSet, Outcome
 from evomerge.workers.pool import Job
-from evomerge.workers.settings import WorkerSpec
+from evomerge.workers.resident import TransformersResident, VllmResident
+from evomerge.workers.settings import NO_FUNCTION, WorkerSpec
 
 
 class Worker:
-    """Owns one device and one live model.
+    """Owns one device, or the GPUs of one engine, and one live model.
 
     Args:
         spec: What to load; the first job pays for building the model.
 
     Raises:
-        UserError: A source or task does not work; weights that are not finite are found here.
+        UserError: A source, a task or the engine does not work; weights that are not finite are found here.
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -41,26 +41,26 @@ class Worker:
         opened = {ref.name: open_source(ref, base_dir) for ref in spec.sources}
         for checkpoint in opened.values():
             checkpoint.scan_finite()
-        device = spec.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._live = LiveModel(
-            {ref.identity: opened[ref.name] for ref in spec.sources},
-            opened[spec.reference],
-            opened[spec.tokenizer],
-            device=device,
-            dtype=spec.dtype,
-            budget_bytes=None if spec.memory_gib is None else int(spec.memory_gib * 2**30),
-        )
         self._function = load_function(spec.fitness.function, base_dir) if spec.fitness.function else None
         self._tasks = None if self._function else TaskSet(spec.fitness, spec.seed, base_dir)
+        self._resident: TransformersResident | VllmResident
+        if spec.engine == "vllm":
+            self._resident = VllmResident(spec, opened)
+        else:
+            self._resident = TransformersResident(spec, opened)
         self._harness: Harness | None = None
 
     def run(self, job: Job) -> Outcome:
-        """Build and score one candidate."""
+        """Build and score one candidate.
+
+        Raises:
+            EngineError: The engine cannot be trusted or cannot do what the run asks, whatever the candidate.
+        """
         started = time.perf_counter()
         try:
             return self._run(job, started)
+        except EngineError:
+            raise
         except CandidateError as problem:
             return self._failed(job, "invalid", str(problem), started)
         except EvomergeError as problem:
@@ -74,8 +74,7 @@ class Worker:
 
     def _run(self, job: Job, started: float) -> Outcome:
         recipe = parse_recipe(dict(job.recipe), "recipe")
-        self._live.apply(recipe)
-        self._live.model.eval()  # a callable may have left it in training mode
+        self._resident.apply(recipe)
         merged = time.perf_counter()
         evaluation = self._evaluate(recipe, DocumentSet.of_key(job.documents), job.race)
         ended = time.perf_counter()
@@ -96,16 +95,18 @@ class Worker:
         )
 
     def _evaluate(self, recipe: Recipe, documents: DocumentSet, race: Race | None) -> Evaluation:
-        live = self._live
+        resident = self._resident
         if self._function is not None:
+            if not isinstance(resident, TransformersResident):
+                raise EngineError(NO_FUNCTION)
             return evaluate_function(
-                self._function, live.model, live.tokenizer, recipe, documents, self._spec.seed
+                self._function, resident.model, resident.tokenizer, recipe, documents, self._spec.seed
             )
         if self._tasks is None:
             raise ValueError("a worker has neither tasks nor a function")
+        engine = resident.engine()
         if self._harness is None:
-            self._harness = Harness(self._tasks, live.model, live.tokenizer)
-        self._harness.rebind(live.model)
+            self._harness = Harness(self._tasks, engine)
         return self._harness.evaluate(documents, race)
 
     @staticmethod

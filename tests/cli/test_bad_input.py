@@ -241,6 +241,10 @@ COMMANDS = [
     (("run", "config.yaml", "--set", "budget"), "section.key=value"),
     (("run", "config.yaml", "--set", "budget.evaluations=none"), "budget.evaluations"),
     (("show", "absent", "--store", "new.db"), "new.db"),
+    (
+        ("validate", "config.yaml", "--set", "workers.engine=vllm"),
+        "workers.engine: vllm only scores tasks; with fitness.function, use transformers",
+    ),
     (("merge", "config.yaml", "out"), "config.yaml"),
     (("merge", "absent.yaml", "out"), "absent.yaml"),
     (("evaluate", "absent", "config.yaml"), "absent"),

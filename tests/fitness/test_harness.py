@@ -175,7 +175,7 @@ def both(
 ) -> tuple[TaskSet, Evaluation, dict[str, Any]]:
     """Score with both and compare."""
     chosen = task_set(folder, *tasks, **settings)
-    ours = Harness(chosen, model, tokenizer).evaluate(SEARCH)
+    ours = Harness.of_model(chosen, model, tokenizer).evaluate(SEARCH)
     found = stock(model, tokenizer, chosen, **(theirs or {}))
     check(chosen, ours, found, tolerance)
     return chosen, ours, found
@@ -321,7 +321,7 @@ def test_requests_at_which_stock_stops_are_errors_that_name_the_task(
     tiny.write_choice(tmp_path, "choice", **config)
     chosen = task_set(tmp_path, "choice")
     with pytest.raises(FitnessError, match=f"fitness.tasks.choice: .*{message}"):
-        Harness(chosen, *llama).evaluate(SEARCH)
+        Harness.of_model(chosen, *llama).evaluate(SEARCH)
     with pytest.raises(AssertionError):
         stock(*llama, chosen)
 
@@ -334,7 +334,7 @@ def test_a_choice_without_tokens_is_an_error_where_stock_may_call_it_certain(
     config = {"doc_to_text": "", "target_delimiter": "", "doc_to_choice": ["<s>", "b"], "doc_to_target": "0"}
     tiny.write_choice(tmp_path, "choice", **config)
     with pytest.raises(FitnessError, match="continuation of 0 tokens"):
-        Harness(task_set(tmp_path, "choice"), *llama).evaluate(SEARCH)
+        Harness.of_model(task_set(tmp_path, "choice"), *llama).evaluate(SEARCH)
 
 
 # Few-shot, chat
@@ -467,7 +467,7 @@ def test_sampled_answers_come_from_stock_and_are_the_same_each_time(
     kwargs = {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": True, "temperature": 2.0}
     tiny.write_generation(tmp_path, "answer", repeats=3, generation_kwargs=kwargs)
     chosen = task_set(tmp_path, "answer")
-    harness = Harness(chosen, *llama)
+    harness = Harness.of_model(chosen, *llama)
     first = harness.evaluate(SEARCH)
     texts = list(by_document(chosen.tasks["answer"].task))
     assert any(len(set(answers)) > 1 for (answers,) in texts)
@@ -507,7 +507,7 @@ def test_a_generation_config_changes_answers_as_it_does_in_stock(
     tiny.write_generation(tmp_path, "answer", generation_kwargs={"until": ["D:"], "max_gen_toks": 10})
     chosen = task_set(tmp_path, "answer")
     with generation_config(model, **changes):
-        harness = Harness(chosen, model, tokenizer)
+        harness = Harness.of_model(chosen, model, tokenizer)
         assert harness.engine.greedy_is_plain == plain
         ours = harness.evaluate(SEARCH)
         check(chosen, ours, stock(model, tokenizer, chosen))
@@ -519,13 +519,13 @@ def test_asking_for_no_tokens_or_more_than_the_model_reads_is_an_error(
 ) -> None:
     tiny.write_generation(tmp_path, "answer", generation_kwargs={"until": [], "max_gen_toks": limit})
     with pytest.raises(FitnessError, match="expected 1 to 95"):
-        Harness(task_set(tmp_path, "answer"), *llama).evaluate(SEARCH)
+        Harness.of_model(task_set(tmp_path, "answer"), *llama).evaluate(SEARCH)
 
 
 def test_an_empty_prompt_for_an_answer_is_an_error(llama: tuple[Any, Any], tmp_path: Path) -> None:
     tiny.write_generation(tmp_path, "answer", doc_to_text="")
     with pytest.raises(FitnessError, match="answer: an empty prompt"):
-        Harness(task_set(tmp_path, "answer"), *llama).evaluate(SEARCH)
+        Harness.of_model(task_set(tmp_path, "answer"), *llama).evaluate(SEARCH)
 
 
 # Groups
@@ -582,9 +582,9 @@ def test_values_do_not_depend_on_batch_size_or_on_what_else_is_scored(
     tiny.write_tasks(tmp_path, tiny.greedy_answers(*llama))
     names = ("choice", "answer", "cloze")
     counts = {"search": 6, "select": 2}
-    whole = Harness(task_set(tmp_path, *names, "text", documents=counts), *llama).evaluate(SEARCH)
+    whole = Harness.of_model(task_set(tmp_path, *names, "text", documents=counts), *llama).evaluate(SEARCH)
     narrow = task_set(tmp_path, *reversed(names), batch_tokens=64, documents=counts)
-    ours = Harness(narrow, *llama).evaluate(SEARCH)
+    ours = Harness.of_model(narrow, *llama).evaluate(SEARCH)
     for name in names:
         assert ours.values[name] == whole.values[name]
         assert ours.tasks[name] == whole.tasks[name]
@@ -596,7 +596,7 @@ def test_a_drawn_document_has_the_value_it_has_in_the_whole_split(
 ) -> None:
     tiny.write_choice(tmp_path, "choice", num_fewshot=1)
     chosen = task_set(tmp_path, "choice", resample=5)
-    harness = Harness(chosen, *llama)
+    harness = Harness.of_model(chosen, *llama)
     whole = dict(
         zip(chosen.documents(SEARCH)["choice"], harness.evaluate(SEARCH).values["choice"], strict=True)
     )
@@ -612,7 +612,7 @@ def test_other_weights_get_their_own_scores_without_new_requests_or_tokens(
     model, tokenizer = llama
     tiny.write_tasks(tmp_path, tiny.greedy_answers(model, tokenizer))
     chosen = task_set(tmp_path, "choice", "cloze")
-    harness = Harness(chosen, model, tokenizer)
+    harness = Harness.of_model(chosen, model, tokenizer)
     harness.prepare("search")
     instances = [id(i) for loaded in chosen.tasks.values() for i in loaded.task.instances]
     first = harness.evaluate(SEARCH)
@@ -640,7 +640,9 @@ def test_weights_that_are_not_finite_make_the_candidate_invalid(
 ) -> None:
     model, tokenizer = llama
     tiny.write_tasks(tmp_path)
-    harness = Harness(task_set(tmp_path, name, documents={"search": 6, "select": 2}), model, tokenizer)
+    harness = Harness.of_model(
+        task_set(tmp_path, name, documents={"search": 6, "select": 2}), model, tokenizer
+    )
     weight = model.model.norm.weight
     kept = weight.data.clone()
     try:
@@ -658,7 +660,7 @@ def test_weights_that_are_not_finite_make_the_candidate_invalid_in_sampling_too(
     tiny.write_generation(
         tmp_path, "answer", generation_kwargs={"until": [], "do_sample": True, "max_gen_toks": 4}
     )
-    harness = Harness(task_set(tmp_path, "answer"), model, tokenizer)
+    harness = Harness.of_model(task_set(tmp_path, "answer"), model, tokenizer)
     kept = model.model.norm.weight.data.clone()
     try:
         model.model.norm.weight.data[0] = float("nan")

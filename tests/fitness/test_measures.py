@@ -55,7 +55,7 @@ def test_the_right_answers_likelihood_is_that_of_a_plain_forward(
     tasks = task_set(
         tmp_path, *({"name": n, "metric": "gold_loglikelihood"} for n in ("choice", "cloze", "answer"))
     )
-    found = Harness(tasks, *llama).evaluate(SEARCH)
+    found = Harness.of_model(tasks, *llama).evaluate(SEARCH)
     right = {
         "choice": lambda doc: " " + doc["words"][doc["gold"]],
         "cloze": lambda doc: doc["answer"],
@@ -76,10 +76,10 @@ def test_measures_enter_the_score_by_their_weight_beside_the_metric(
     llama: tuple[Any, Any], tmp_path: Path
 ) -> None:
     tiny.write_generation(tmp_path, "answer")
-    plain = Harness(task_set(tmp_path, "answer"), *llama).evaluate(SEARCH)
+    plain = Harness.of_model(task_set(tmp_path, "answer"), *llama).evaluate(SEARCH)
     also = {"gold_loglikelihood": 0.5, "output_tokens": 0.001}
     tasks = task_set(tmp_path, {"name": "answer", "also": also})
-    found = Harness(tasks, *llama).evaluate(SEARCH)
+    found = Harness.of_model(tasks, *llama).evaluate(SEARCH)
     assert found.values["answer"] == plain.values["answer"]
     metric = {name: score.metric for name, score in found.tasks.items()}
     expected = metric["answer"] + 0.5 * metric["answer:gold_loglikelihood"]
@@ -98,7 +98,7 @@ def test_several_right_answers_count_by_the_likeliest(llama: tuple[Any, Any], tm
         metric_list=[tiny.metric("acc")],
     )
     tasks = task_set(tmp_path, {"name": "choice", "metric": "gold_loglikelihood"})
-    found = Harness(tasks, *llama).evaluate(SEARCH)
+    found = Harness.of_model(tasks, *llama).evaluate(SEARCH)
     for doc, value in zip(documents(tasks, "choice"), found.values["choice"], strict=True):
         context = f"D: {doc['a']}+{doc['b']}\nA:"
         zero, two = (likelihood(*llama, context, word) / len(word) for word in (" zero", " two"))

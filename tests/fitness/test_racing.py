@@ -126,7 +126,7 @@ def test_a_lost_race_ends_after_a_rung_and_one_that_is_not_changes_nothing(
 ) -> None:
     tiny.write_choice(tmp_path, "choice", 44)
     tiny.write_generation(tmp_path, "answer", 44)
-    harness = Harness(
+    harness = Harness.of_model(
         task_set(tmp_path, {"name": "choice", "also": {"gold_loglikelihood": 0.1}}, "answer"), *llama
     )
     whole = harness.evaluate(SEARCH)
