@@ -25,7 +25,6 @@ dtype: bfloat16
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -40,6 +39,7 @@ from evomerge.rules import (
     Scalar,
     Setting,
     check_value,
+    chosen_settings,
     plain_settings,
     rules_of,
     value_at,
@@ -248,7 +248,7 @@ class Recipe(StrictModel):
             raise RecipeError(f'tokenizer: a path has that of its ends, "{path.end}"; leave it out')
         path.check_sources([source.name for source in self.sources])
         for source in self.sources:
-            if _chosen(source.parameters, method):
+            if chosen_settings(source.parameters, method):
                 raise RecipeError(
                     f"sources.{source.name}.parameters: a path has scales of its own; leave these out"
                 )
@@ -303,8 +303,10 @@ class Recipe(StrictModel):
             "evomerge": self.evomerge,
             "method": self.method,
             "base": self.base.identity if self.base else None,
-            "sources": [[source.identity, _chosen(source.parameters, method)] for source in self.sources],
-            "parameters": _chosen(self.parameters, method),
+            "sources": [
+                [source.identity, chosen_settings(source.parameters, method)] for source in self.sources
+            ],
+            "parameters": chosen_settings(self.parameters, method),
             "seed": self.seed if method.random else None,
             "tokenizer": {UNION: UNION, **identities}.get(self.tokenizer or self.reference.name),
             "dtype": self.dtype,
@@ -411,17 +413,6 @@ def _complete(settings: dict[str, Setting], method: Method, scope: Scope, where:
     ordered = {p.name: settings[p.name] for p in method.parameters if p.name in settings}
     settings.clear()
     settings.update(ordered)
-
-
-def _chosen(settings: Mapping[str, Setting], method: Method) -> dict[str, Any]:
-    """Return the settings that differ from the defaults: a parameter that is new changes no old digest."""
-
-    def is_default(name: str, setting: Setting) -> bool:
-        return len(setting) == 1 and setting[0].general and setting[0].value == method.parameter(name).default
-
-    return plain_settings(
-        {name: setting for name, setting in settings.items() if not is_default(name, setting)}
-    )
 
 
 def parse_recipe(data: Any, where: str) -> Recipe:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from evomerge.catalogue import Parameter
+from evomerge.catalogue import Method, Parameter
 from evomerge.errors import RecipeError
 from evomerge.records import Place, Role
 from evomerge.strict import StrictModel, one_line
@@ -141,3 +141,14 @@ def plain_settings(settings: Mapping[str, Setting]) -> dict[str, Any]:
         else:
             plain[name] = [rule.model_dump(mode="json", exclude_none=True) for rule in setting]
     return plain
+
+
+def chosen_settings(settings: Mapping[str, Setting], method: Method) -> dict[str, Any]:
+    """Return the settings that differ from the defaults: a parameter that is new changes no old digest."""
+
+    def is_default(name: str, setting: Setting) -> bool:
+        return len(setting) == 1 and setting[0].general and setting[0].value == method.parameter(name).default
+
+    return plain_settings(
+        {name: setting for name, setting in settings.items() if not is_default(name, setting)}
+    )

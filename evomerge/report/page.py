@@ -20,7 +20,7 @@ from evomerge.records import SPLITS
 from evomerge.report import figures
 from evomerge.report.figures import Drawing, Estimate, Look
 from evomerge.report.niches import population_section, segment_coefficients
-from evomerge.report.path_figure import path_drawing, path_in_words
+from evomerge.report.path_figure import path_context
 from evomerge.report.summary import Summary
 from evomerge.store import RunView
 
@@ -103,7 +103,7 @@ def _context(summary: Summary) -> dict[str, Any]:
         "progress": _progress(summary, looks),
         "recipe": recipe,
         "recipe_text": recipe.to_yaml() if recipe else json.dumps(best["recipe"], indent=2) if best else "",
-        "path": _path(recipe, looks),
+        "path": path_context(recipe, looks, _look),
         "coefficients": _coefficients(merge, run.facts, looks),
         "population": population_section(run, summary.best),
         "task_scores": _tasks(summary, models, looks),
@@ -170,24 +170,6 @@ def _progress(summary: Summary, looks: Mapping[int, Look]) -> dict[str, Any] | N
 
 
 # Figure 2: the recipe over depth.
-
-
-def _path(recipe: Recipe | None, looks: Mapping[int, Look]) -> dict[str, Any] | None:
-    """Return the figure of a layer path; None for recipes without one."""
-    if recipe is None or recipe.path is None:
-        return None
-    known = {look.name: look for look in looks.values()}
-    names = [source.name for source in recipe.sources]
-    drawn = {name: known.get(name) or _look(name, place) for place, name in enumerate(names)}
-    return {
-        "drawing": path_drawing(recipe.path, drawn),
-        "looks": list(drawn.values()),
-        "words": path_in_words(recipe.path),
-        "scaled": recipe.path.scaled,
-        "steps": [
-            (number, step.source, step.layer, step.scale) for number, step in enumerate(recipe.path.layers)
-        ],
-    }
 
 
 def _tensors(rule: Rule, alone: bool) -> str:

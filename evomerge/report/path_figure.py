@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from evomerge.recipe import LayerPath
+from evomerge.recipe import LayerPath, Recipe
 from evomerge.report.figures import COLOURS, Drawing, Look, axes_at, both
 
 MOST_DOTS = 60
 """Steps up to which each has a marker."""
+
+
+def path_context(
+    recipe: Recipe | None, looks: Mapping[int, Look], new: Callable[[str, int], Look]
+) -> dict[str, Any] | None:
+    """Return what the page shows of a layer path; None for recipes without one.
+
+    Args:
+        recipe: The winner's.
+        looks: How models are drawn, by candidate.
+        new: Gives a source that is none of them a look, from its name and place.
+    """
+    if recipe is None or recipe.path is None:
+        return None
+    known = {look.name: look for look in looks.values()}
+    names = [source.name for source in recipe.sources]
+    drawn = {name: known.get(name) or new(name, place) for place, name in enumerate(names)}
+    return {
+        "drawing": path_drawing(recipe.path, drawn),
+        "looks": list(drawn.values()),
+        "words": path_in_words(recipe.path),
+        "scaled": recipe.path.scaled,
+        "steps": [
+            (number, step.source, step.layer, step.scale) for number, step in enumerate(recipe.path.layers)
+        ],
+    }
 
 
 def path_drawing(path: LayerPath, looks: Mapping[str, Look]) -> Drawing:
