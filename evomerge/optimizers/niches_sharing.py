@@ -52,7 +52,10 @@ def attraction(scores: Array, shared: Array, parent: int) -> Array:
         shared: The documents' `worth` at alpha 1.
         parent: The row of A.
     """
-    return plain_fitness(np.maximum(scores - scores[parent], 0.0), shared)
+    gain = scores - scores[parent]
+    np.maximum(gain, 0.0, out=gain)  # in place: three copies cost more than the arithmetic
+    gain *= shared
+    return np.asarray(gain.sum(axis=1))
 
 
 def coverage(scores: Array) -> float:
