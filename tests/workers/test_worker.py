@@ -184,6 +184,7 @@ def test_an_outcome_has_scores_values_and_what_it_cost(world: Path, worker: Work
     assert outcome.score == pytest.approx(sum(task.metric for task in outcome.tasks.values()) / 2)
     seconds = {"merge", "evaluate", "total"}
     counts = {"requests", "tokens", "padded_tokens", "unshared_tokens", "generated", "truncated"}
+    counts |= {"documents", "skipped_documents"}
     assert seconds | counts == outcome.cost.keys()
     parts = outcome.cost["merge"] + outcome.cost["evaluate"]
     assert 0 < outcome.cost["merge"] < parts == pytest.approx(outcome.cost["total"])
