@@ -260,7 +260,7 @@ class Recipe(StrictModel):
             raise RecipeError(f"segments: are coefficients of the method linear, not of {method.name}")
         if self.slices:
             raise RecipeError("segments: go with whole models; leave out slices")
-        given = [name for name, settings in self._given().items() if _chosen(settings, method)]
+        given = [name for name, settings in self._given().items() if chosen_settings(settings, method)]
         if given:
             raise RecipeError(f"{given[0]}: segments stand in place of weights; leave the parameters out")
         check_segments(self.segments, [source.name for source in self.sources])

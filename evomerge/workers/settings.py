@@ -17,9 +17,10 @@ NO_FUNCTION = "workers.engine: vllm only scores tasks; with fitness.function, us
 
 def vllm_refuses(recipe: Recipe) -> str:
     """Return why vLLM cannot hold a recipe's model; empty if it can."""
-    if not recipe.slices and recipe.path is None:
+    nested = any(ref.recipe is not None for ref in recipe.refs)
+    if not recipe.slices and recipe.path is None and not nested:
         return ""
-    kind = "slices" if recipe.slices else "a path"
+    kind = "slices" if recipe.slices else "a path" if recipe.path else "recipes as sources"
     return f"workers.engine: vllm keeps the layers it has; recipes with {kind} need transformers"
 
 

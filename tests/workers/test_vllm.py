@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -362,10 +362,17 @@ def test_slices_and_foreign_sources_are_refused(world: Path, vllm: ModuleType) -
         resident.apply(parse_recipe(foreign, "recipe"))
 
 
-def test_a_recipe_with_a_path_of_layers_is_refused() -> None:
-    refused: Any = SimpleNamespace(slices=(), path=object())
-    assert vllm_refuses(refused) == (
-        "workers.engine: vllm keeps the layers it has; recipes with a path need transformers"
+@pytest.mark.parametrize("kind", ["a path", "recipes as sources"])
+def test_a_recipe_with_other_layers_or_recipes_inside_is_refused(kind: str, world: Path) -> None:
+    inner = recipe_of(world).to_json()
+    source: dict[str, Any] = {"name": "a", "path": "a"}
+    data: dict[str, Any] = {"method": "passthrough", "sources": [source]}
+    if kind == "a path":
+        data["path"] = {"layers": ["a 1", "a 0"]}
+    else:
+        source["recipe"] = inner
+    assert vllm_refuses(parse_recipe(data, "recipe")) == (
+        f"workers.engine: vllm keeps the layers it has; recipes with {kind} need transformers"
     )
 
 
