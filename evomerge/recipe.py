@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from evomerge.catalogue import Method, Scope, method_named
+from evomerge.catalogue import Method, method_named
 from evomerge.errors import RecipeError
 from evomerge.paths import LayerPath, Slice, Step
 from evomerge.rules import (
@@ -40,10 +40,10 @@ from evomerge.rules import (
     Setting,
     check_value,
     chosen_settings,
+    complete_settings,
     plain_settings,
     rules_of,
     value_at,
-    without_unreachable,
 )
 from evomerge.segments import SegmentTable, check_segments, identity
 from evomerge.strict import StrictModel, canonical_json, dump_yaml, read_yaml, validated
@@ -175,9 +175,9 @@ class Recipe(StrictModel):
             if self.path is not None:
                 self._check_path(self.path, method)
             self._check_segments(method)
-            _complete(self.parameters, method, "method", "parameters")
+            complete_settings(self.parameters, method, "method", "parameters")
             for source in self.sources:
-                _complete(source.parameters, method, "source", f"sources.{source.name}.parameters")
+                complete_settings(source.parameters, method, "source", f"sources.{source.name}.parameters")
         except RecipeError as problem:
             raise ValueError(str(problem)) from None
         return self
@@ -384,35 +384,6 @@ def _check_count(count: int, method: Method, where: str) -> None:
     if count < method.min_sources or count > (method.max_sources or count):
         wanted = str(method.min_sources) if method.max_sources else f"at least {method.min_sources}"
         raise RecipeError(f"{where}: method {method.name} takes {wanted}, got {count}")
-
-
-def _complete(settings: dict[str, Setting], method: Method, scope: Scope, where: str) -> None:
-    """Check the settings of one scope and fill in defaults, so that equal recipes look equal."""
-    for name, setting in settings.items():
-        parameter = method.parameter(name)
-        if parameter.scope != scope:
-            owner = "each source" if parameter.scope == "source" else "the method as a whole"
-            raise RecipeError(f"{where}.{name}: this parameter belongs to {owner}")
-        for rule in setting:
-            for value in rule.value if isinstance(rule.value, tuple) else (rule.value,):
-                check_value(value, parameter, f"{where}.{name}")
-        setting = settings[name] = without_unreachable(setting)
-        if not parameter.per_tensor and not (len(setting) == 1 and setting[0].general):
-            raise RecipeError(f"{where}.{name}: one value for all tensors, got rules")
-    for parameter in method.parameters:
-        if parameter.scope != scope:
-            continue
-        setting = settings.get(parameter.name, ())
-        if setting and setting[-1].general:
-            continue
-        if parameter.default is None:
-            raise RecipeError(
-                f"{where}.{parameter.name}: missing; method {method.name} has no default for it"
-            )
-        settings[parameter.name] = (*setting, Rule(value=parameter.default))
-    ordered = {p.name: settings[p.name] for p in method.parameters if p.name in settings}
-    settings.clear()
-    settings.update(ordered)
 
 
 def parse_recipe(data: Any, where: str) -> Recipe:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from evomerge.catalogue import Method, Parameter
+from evomerge.catalogue import Method, Parameter, Scope
 from evomerge.errors import RecipeError
 from evomerge.records import Place, Role
 from evomerge.strict import StrictModel, one_line
@@ -152,3 +152,32 @@ def chosen_settings(settings: Mapping[str, Setting], method: Method) -> dict[str
     return plain_settings(
         {name: setting for name, setting in settings.items() if not is_default(name, setting)}
     )
+
+
+def complete_settings(settings: dict[str, Setting], method: Method, scope: Scope, where: str) -> None:
+    """Check the settings of one scope and fill in defaults, so that equal recipes look equal."""
+    for name, setting in settings.items():
+        parameter = method.parameter(name)
+        if parameter.scope != scope:
+            owner = "each source" if parameter.scope == "source" else "the method as a whole"
+            raise RecipeError(f"{where}.{name}: this parameter belongs to {owner}")
+        for rule in setting:
+            for value in rule.value if isinstance(rule.value, tuple) else (rule.value,):
+                check_value(value, parameter, f"{where}.{name}")
+        setting = settings[name] = without_unreachable(setting)
+        if not parameter.per_tensor and not (len(setting) == 1 and setting[0].general):
+            raise RecipeError(f"{where}.{name}: one value for all tensors, got rules")
+    for parameter in method.parameters:
+        if parameter.scope != scope:
+            continue
+        setting = settings.get(parameter.name, ())
+        if setting and setting[-1].general:
+            continue
+        if parameter.default is None:
+            raise RecipeError(
+                f"{where}.{parameter.name}: missing; method {method.name} has no default for it"
+            )
+        settings[parameter.name] = (*setting, Rule(value=parameter.default))
+    ordered = {p.name: settings[p.name] for p in method.parameters if p.name in settings}
+    settings.clear()
+    settings.update(ordered)
