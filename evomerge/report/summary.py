@@ -181,9 +181,9 @@ class Summary:
         """Return what people should know of how the candidates were scored."""
         cost, lines = self.evaluation(), []
         if cost["unshared_tokens"] > cost["tokens"] > 0:
-            times = cost["unshared_tokens"] / cost["tokens"]
+            whole = cost["unshared_tokens"] / cost["tokens"]
             lines.append(
-                f"forwarded {cost['tokens']:,.0f} tokens, 1/{times:.1f} of what unshared beginnings take"
+                f"forwarded {cost['tokens']:,.0f} tokens; each request by itself: {whole:.1f} times that"
             )
         if cost["stopped"]:
             share = cost["skipped_documents"] / (cost["documents"] + cost["skipped_documents"])
