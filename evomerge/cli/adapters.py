@@ -16,7 +16,9 @@ def merge_adapters(
     out: OutArgument,
     as_json: JsonOption = False,
 ) -> None:
-    """Merge LoRA adapters of one base, or extract one from a fine-tuned model, as a PEFT directory.
+    """Merge LoRA adapters, or extract one from a model.
+
+    The adapters are of one base; what is written is a PEFT directory.
 
     Keys of the file: `method` and `dtype`; for `sum` adapters, base, rank; for `lego` adapters, base, rank,
     seed, reweight; for `rmm` adapters, base, components; for `extract` base, model, rank, modules.

@@ -91,7 +91,7 @@ class Listener:
     def _line(step: Step, rate: float, left: float | None) -> str:
         parts = []
         if step.best is not None:
-            parts.append(f"best {step.best:.3f}")
+            parts.append(f"best {'' if step.phase == 'search' else 'of the search '}{step.best:.3f}")
         parts.append("last failed" if step.current is None else f"last {step.current:.3f}")
         if rate:
             parts.append(f"{rate:.0f}/min")

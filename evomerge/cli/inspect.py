@@ -20,7 +20,7 @@ def inspect(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say how far models are from their base, and whether they can be merged at all."""
+    """Say how far models moved and whether they fit together."""
     from evomerge.checkpoints.compatible import check_compatible
     from evomerge.checkpoints.opening import open_checkpoint
     from evomerge.cli.display import console, print_json, simple_table, warn

@@ -180,7 +180,7 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="Show this one in full.", show_default=False)] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the merge methods, or show one with its parameters, ranges, defaults and notes."""
+    """List the merge methods, or show one with its parameters."""
     from dataclasses import asdict
 
     from evomerge.catalogue import CATALOGUE, FAMILIES, method_named

@@ -31,7 +31,7 @@ def merge(
         str, typer.Option("--shard-size", help="Largest weight file, such as 500MB or 5GB.")
     ] = "4GiB",
 ) -> None:
-    """Merge models as a recipe says and write the result as a Hugging Face directory."""
+    """Merge models as a recipe says and write the result."""
     from evomerge.checkpoints.writer import check_target
     from evomerge.cli.display import warn
     from evomerge.errors import CandidateError, RecipeError
@@ -77,7 +77,7 @@ def export(
     ] = None,
     store: StoreOption = None,
 ) -> None:
-    """Write the winner of a run, or any candidate, as a Hugging Face directory."""
+    """Write the winner of a run, or any candidate, as a model."""
     from evomerge.checkpoints.writer import check_target
 
     check_target(out)

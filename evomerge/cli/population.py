@@ -25,7 +25,7 @@ class _ShowByDefault(TyperGroup):
 app = typer.Typer(
     name="population",
     cls=_ShowByDefault,
-    help="Who lives in a run of the optimizer niches: `population RUN`; export and import.",
+    help="Show, export or import who lives in a run with niches.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -162,7 +162,7 @@ def validate(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a config against the files it names, and say what a run would do."""
+    """Check a config and say what a run would do."""
     from evomerge.cli.display import console, print_json, simple_table
     from evomerge.config import read_config
     from evomerge.report.estimate import estimate
@@ -198,7 +198,7 @@ def demo(
     workers: Annotated[int, typer.Option("--workers", min=1, help="Number of workers.")] = 2,
     as_json: JsonOption = False,
 ) -> None:
-    """Train tiny experts and run the whole job on them, offline, in a few minutes."""
+    """Run the whole job on tiny experts that it trains, offline."""
     from evomerge.cli.display import training
     from evomerge.config import read_config
     from evomerge.demo.run import prepare

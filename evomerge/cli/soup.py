@@ -26,7 +26,7 @@ def soup(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Average the sources of a config, all or greedily those that help, and write the model."""
+    """Average a config's sources, all or those that help."""
     from evomerge.checkpoints.writer import check_target
     from evomerge.cli.display import Listener, console, print_json, simple_table, warn
     from evomerge.config import read_config

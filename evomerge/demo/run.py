@@ -11,7 +11,8 @@ from evomerge.demo.world import World, build_world
 from evomerge.strict import dump_yaml
 
 HEADER = """\
-# Written by `evomerge demo`. It is an ordinary run config: change it, give it another name, and try
+# Written by `evomerge demo`. It is an ordinary run config: change it, give it another name and output folder
+# (relative to where the command is called), and try
 #   evomerge run {path} --store {store}
 """
 
