@@ -186,10 +186,8 @@ class Summary:
                 f"forwarded {cost['tokens']:,.0f} tokens; each request by itself: {whole:.1f} times that"
             )
         if cost["stopped"]:
-            share = cost["skipped_documents"] / (cost["documents"] + cost["skipped_documents"])
-            lines.append(
-                f"racing stopped {cost['stopped']:.0f} candidates and left out {share:.0%} of the documents"
-            )
+            left_out = f"{cost['skipped_documents']:,.0f} documents unscored"
+            lines.append(f"candidates that racing stopped: {cost['stopped']:.0f}, {left_out}")
         if cost["truncated"]:
             lines.append(
                 f"{cost['truncated']:,.0f} requests are longer than the model reads; as in lm-eval, their "
