@@ -290,7 +290,9 @@ def test_resolve_finds_folders(copy: Path, monkeypatch: pytest.MonkeyPatch) -> N
     refused(lambda: resolve(str(copy), "main"), "revision")
 
 
-@pytest.mark.parametrize("location", ["./no-such-x", "../no-such-x", "/no/x", "~/no-such-x", "a/b/c", "", "a\0b", "a\\b"])
+@pytest.mark.parametrize(
+    "location", ["./no-such-x", "../no-such-x", "/no/x", "~/no-such-x", "a/b/c", "", "a\0b", "a\\b"]
+)
 def test_paths_are_never_taken_for_hub_ids(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     refused(lambda: resolve(location))
