@@ -323,11 +323,11 @@ class Search:
     def _job(self, number: int, documents: str) -> Job:
         candidate = self._candidates[number]
         deadline = self._plan.config.workers.deadline_seconds * self._length(documents)
-        return Job(number, candidate.recipe, documents, deadline, self._race(candidate))
+        return Job(number, candidate.recipe, documents, deadline, self._race(candidate, documents))
 
-    def _race(self, candidate: Candidate) -> Race | None:
-        """Return what a proposal is raced against; None: it is scored to the end."""
-        if self._races is None or candidate.index is None:
+    def _race(self, candidate: Candidate, documents: str) -> Race | None:
+        """Return what a proposal is raced against; None: it is scored to the end, as all finalists are."""
+        if self._races is None or candidate.index is None or documents != "search":
             return None
         before = (
             (c.number, self._outcomes.get((c.number, "search")))

@@ -140,6 +140,8 @@ class Harness:
         if race is None:
             work = self._prepared_work(documents)
             return self._evaluation(documents, self._scored(work), work.truncated)
+        if documents.split != "search":
+            raise ValueError(f"a race on {documents.key} documents; only search documents are raced on")
         rules, truncated = self._tasks.rules, 0
         rungs = self._tasks.rungs(documents, race.rungs)
         found: dict[str, dict[int, Value]] = {name: {} for name in rules}

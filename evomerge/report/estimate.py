@@ -41,7 +41,7 @@ def estimate(config: RunConfig, base_dir: Path) -> dict[str, Any]:
         split: sum(len(ids) for ids in plan.document_sets().get(split, {}).values())
         for split in ("search", "select", "test")
     }
-    scored = (config.fitness.resample or 0) * len(plan.rules) or counts["search"]
+    scored = (config.fitness.resample or 0) * len(plan.tasks.tasks if plan.tasks else ()) or counts["search"]
     seconds = _seconds(plan, scored, first.num_parameters, source_bytes)
     cores = config.workers.cpus
     count = config.workers.count

@@ -144,6 +144,8 @@ def test_a_lost_race_ends_after_a_rung_and_one_that_is_not_changes_nothing(
     for name, values in whole.values.items():
         assert won.values[name] == pytest.approx(values, abs=1e-5)
     assert won.counts["documents"] == 80
+    with pytest.raises(ValueError, match="a race on select documents"):
+        harness.evaluate(DocumentSet("select"), shifted(whole, 0.3))
 
 
 def test_rungs_have_every_document_once(tmp_path: Path) -> None:
