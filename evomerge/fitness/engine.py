@@ -291,7 +291,8 @@ def _tokens_that_fit(model: Any) -> int:
     """Return how many tokens of one pass take about a third of the free memory, a power of two."""
     if model.device.type != "cuda":
         return 8192
-    free, _ = torch.cuda.mem_get_info(model.device)
+    devices = {parameter.device for parameter in model.parameters()}
+    free = min(torch.cuda.mem_get_info(device)[0] for device in devices if device.type == "cuda")
     config = model.config.get_text_config()
     # Of one layer at a time: input, normed input, queries, keys, values, output, and the inner part.
     per_token = model.dtype.itemsize * (8 * config.hidden_size + 3 * _inner(config))

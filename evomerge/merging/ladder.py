@@ -43,7 +43,7 @@ class Ladder:
         if not 0 < rung < self.count:
             return _end(rung)
         place = int(np.searchsorted(ranks_of(self.count), rung)) - 1
-        return Cut(int(self.bits[place]), int(self.fractions[place]) + 1)
+        return Cut(int(self.bits.numpy()[place]), int(self.fractions.numpy()[place]) + 1)
 
 
 @functools.lru_cache(maxsize=256)
