@@ -36,9 +36,11 @@ STOCK_BATCH = 16
 """Rows at once where lm-eval's own generation is used."""
 SAMPLING_SEED = 1234
 """lm-eval's default, for tasks that sample answers."""
-STAGE_TOKENS = {"cpu": 64.0}
-"""What one more pass costs, in tokens, by type of device."""
-STAGE_TOKENS_ELSEWHERE = 1024.0
+CPU_STAGE_TOKENS = 64.0
+"""What one more pass costs on a CPU, in tokens."""
+LAYER_WEIGHTS = 3e10
+"""Products with weights that a GPU does in the time in which one layer's kernels are started, 0.15 ms."""
+FEWEST_STAGE_TOKENS, MOST_STAGE_TOKENS = 256.0, 8192.0
 
 T = TypeVar("T")
 
@@ -81,6 +83,7 @@ class Engine(ScoringEngine):
             tokens=self._pass_tokens,
             logits=MAX_LOGITS_BYTES // (4 * int(config.vocab_size)),
             looks=MAX_MASK_BYTES // 4,
+            stage=self._costs().stage,
         )
         return Planner(None if self.not_shared else self._costs(), limits).plan(requests)
 
@@ -94,7 +97,9 @@ class Engine(ScoringEngine):
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
         values = head * (getattr(config, "num_key_value_heads", None) or heads)
         weights = config.hidden_size * (2 * head * heads + 2 * values + 3 * _inner(config))
-        stage = STAGE_TOKENS.get(self._model.device.type, STAGE_TOKENS_ELSEWHERE)
+        stage = CPU_STAGE_TOKENS
+        if self._model.device.type != "cpu":
+            stage = min(MOST_STAGE_TOKENS, max(FEWEST_STAGE_TOKENS, LAYER_WEIGHTS / weights))
         return Costs(stage, 2 * head * heads / weights, self._pass_tokens)
 
     def loglikelihoods(self, plan: Plan) -> list[tuple[float, bool]]:
@@ -210,7 +215,7 @@ class Engine(ScoringEngine):
         # With padding between the shared beginning and the rest, a window would be counted over the padding.
         if self.not_shared or (window is not None and longest > window):
             return None
-        return STAGE_TOKENS.get(self._model.device.type, STAGE_TOKENS_ELSEWHERE)
+        return self._costs().stage
 
     def _trunk(self, batch: Prompts) -> Trunk:
         trunk = Trunk.empty()

@@ -191,7 +191,7 @@ def _thinned_kernel(
                 probability = numbers[NUMBERS * k + 1] + numbers[NUMBERS * k + 2] * code
                 kept = draw.to(tl.float32) < probability * _DRAWS
                 piece = tl.where(third != 0, tl.div_rn(piece, probability), piece)
-        pieces = pieces + (tl.where(kept, piece, 0.0),)
+        pieces = pieces + (tl.where(kept, piece, 0.0),)  # noqa: RUF005 - Triton knows no unpacking
     merged = pieces[0]
     for k in tl.static_range(1, len(inputs)):
         merged += pieces[k]

@@ -83,15 +83,18 @@ def cut_at(base: Tensor, tensor: Tensor, rank: int) -> Cut:
 
 def ladder_of(base: Tensor, tensor: Tensor) -> Ladder:
     """Return the ladder of a source's delta; memory: 8 bytes per entry while it is made."""
+    count = tensor.numel()
+    places = ranks_of(count)[1:] - 1
     if memory.takes(base, tensor):
         order = magnitude_order(base, tensor)
         order.sort()
+        rungs = order[places]
     else:
-        order = torched.magnitude_order(base, tensor).sort().values.cpu().numpy().view(np.uint64)
-    rungs = order[ranks_of(order.size)[1:] - 1]
+        sorted_order = torched.magnitude_order(base, tensor).sort().values
+        rungs = sorted_order[torch.from_numpy(places).to(tensor.device)].cpu().numpy().view(np.uint64)
     bits = (ABOVE_ALL - (rungs >> np.uint64(32))).astype(np.int32)
     fractions = (rungs & np.uint64(2**32 - 1)).astype(np.int64)
-    return Ladder(order.size, torch.from_numpy(bits), torch.from_numpy(fractions))
+    return Ladder(count, torch.from_numpy(bits), torch.from_numpy(fractions))
 
 
 def common_cut(ladders: Sequence[Ladder], rank: int) -> Cut:

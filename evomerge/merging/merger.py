@@ -8,9 +8,9 @@ again for every candidate, with the same result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -148,11 +148,11 @@ class Merger:
         if self._whole is None or self._whole[0] != recipe.digest:
             self._whole = None
             floating = [
-                _Work(self, recipe, output)
+                output
                 for name, output in self.outputs(recipe).items()
                 if self.dtype_of(recipe, name).is_floating_point
             ]
-            self._whole = (recipe.digest, kernel.whole(floating))
+            self._whole = (recipe.digest, kernel.whole(_Works(self, recipe, floating)))
         return self._whole[1]
 
     def inputs_of(self, recipe: Recipe, output: Output) -> list[tuple[SourceRef, str]]:
@@ -286,6 +286,25 @@ class _Work:
         if kernel.one_shot and not self.merger.will_keep(key):
             return None
         return self.merger.keep(key, lambda: kernel.prepare(self.sources(), self.values), state)
+
+
+class _Works(Sequence[_Work]):
+    """The work on several tensors, each begun when it is asked for."""
+
+    def __init__(self, merger: Merger, recipe: Recipe, outputs: Sequence[Output]) -> None:
+        self._merger, self._recipe, self._outputs = merger, recipe, outputs
+
+    def __len__(self) -> int:
+        return len(self._outputs)
+
+    @overload
+    def __getitem__(self, index: int) -> _Work: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[_Work]: ...
+    def __getitem__(self, index: int | slice) -> _Work | list[_Work]:
+        if isinstance(index, slice):
+            return [_Work(self._merger, self._recipe, output) for output in self._outputs[index]]
+        return _Work(self._merger, self._recipe, self._outputs[index])
 
 
 def _scaled_by_depth(method: dict[str, Any], place: Place) -> dict[str, Any]:

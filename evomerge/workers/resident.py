@@ -157,7 +157,8 @@ def _devices(spec: WorkerSpec) -> str | list[str]:
         return device
     if spec.gpus > torch.cuda.device_count():
         raise EngineError(
-            f"workers.gpus: {spec.gpus} GPUs are to hold the model, but the worker sees {torch.cuda.device_count()}"
+            f"workers.gpus: {spec.gpus} GPUs are to hold the model, but the worker sees "
+            f"{torch.cuda.device_count()}"
         )
     return [f"cuda:{number}" for number in range(spec.gpus)]
 

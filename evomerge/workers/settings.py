@@ -72,7 +72,8 @@ class WorkerSettings(StrictModel):
         if self.engine != "vllm":
             if parallel > 1:
                 raise ValueError(
-                    f"tensor_parallel: needs engine: vllm; gpus: {parallel} spreads transformers' model by layer"
+                    "tensor_parallel: needs engine: vllm; with transformers, "
+                    f"gpus: {parallel} spreads the model by layer"
                 )
             if gpus is not None and gpus > 1 and gpus != int(gpus):
                 raise ValueError(f"gpus: expected a fraction up to 1, or whole GPUs, got {gpus:g}")
