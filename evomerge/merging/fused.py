@@ -93,17 +93,18 @@ def _packed(keep: Keep) -> tuple[float, ...]:
 
     Triton compiles a kernel anew for whole numbers that are 1 or multiples of 16, and never for real ones.
     """
-    words: tuple[int, ...]
-    reals = (keep.factor, 0.0, 0.0)
     match keep:
         case Band():
-            words = (keep.low.bits, keep.low.share, keep.high.bits, keep.high.share)
+            low, high = keep.low, keep.high
+            return (keep.factor, 0.0, 0.0, *_halves(low.bits, low.share, high.bits, high.share))
         case Draw():
-            words = (*keep.keys, keep.limit, 0)
-        case Graded():
-            words, reals = (*keep.keys, int(keep.inverse), 0), (keep.factor, keep.lowest, keep.step)
-    halves = (float(half) for word in words for half in (word >> 16, word & 0xFFFF))
-    return (*map(float, reals), *halves)
+            return (keep.factor, 0.0, 0.0, *_halves(*keep.keys, keep.limit, 0))
+    halves = _halves(*keep.keys, int(keep.inverse), 0)
+    return (keep.factor, keep.lowest, keep.step, *halves)
+
+
+def _halves(*words: int) -> list[float]:
+    return [float(half) for word in words for half in (word >> 16, word & 0xFFFF)]
 
 
 @triton.jit
