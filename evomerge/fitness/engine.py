@@ -10,7 +10,6 @@ through lm-eval's own `HFLM.generate_until`.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -273,14 +272,20 @@ def _summed(
         CandidateError: A sum is not finite.
     """
     order = torch.argsort(scored[0] * (int(scored[1].max()) + 1) + scored[1])
-    lengths = [len(request.targets) for request in requests]
-    # Summed in float32 and rounded once, as torch sums a slice of half-precision numbers.
-    sums = [float(part.sum().to(dtype)) for part in torch.split(found[order], lengths)]
-    whole = [bool(part.all()) for part in torch.split(hits[order], lengths)]
-    for total in sums:
-        if not math.isfinite(total):
-            raise CandidateError(f"the model gives a log-likelihood of {total}")
-    return list(zip(sums, whole, strict=True))
+    found, hits = found[order], hits[order] > 0
+    lengths = torch.tensor([len(request.targets) for request in requests])
+    starts = lengths.cumsum(0) - lengths
+    sums, whole = torch.empty(len(requests), dtype=dtype), torch.empty(len(requests), dtype=torch.bool)
+    for length in lengths.unique().tolist():
+        own = (lengths == length).nonzero()[:, 0]
+        places = starts[own, None] + torch.arange(length)
+        # Summed in float32 and rounded once, as torch sums a slice of half-precision numbers.
+        sums[own] = found[places].sum(dim=1).to(dtype)
+        whole[own] = hits[places].all(dim=1)
+    bad = sums[~sums.isfinite()]
+    if len(bad):
+        raise CandidateError(f"the model gives a log-likelihood of {float(bad[0])}")
+    return list(zip(sums.tolist(), whole.tolist(), strict=True))
 
 
 def _out_of_memory(problem: RuntimeError) -> bool:
