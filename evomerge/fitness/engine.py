@@ -276,7 +276,7 @@ def _summed(
     lengths = torch.tensor([len(request.targets) for request in requests])
     starts = lengths.cumsum(0) - lengths
     sums, whole = torch.empty(len(requests), dtype=dtype), torch.empty(len(requests), dtype=torch.bool)
-    for length in lengths.unique().tolist():
+    for length in sorted({len(request.targets) for request in requests}):
         own = (lengths == length).nonzero()[:, 0]
         places = starts[own, None] + torch.arange(length)
         # Summed in float32 and rounded once, as torch sums a slice of half-precision numbers.

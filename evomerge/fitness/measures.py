@@ -14,7 +14,7 @@ OUTPUT_TOKENS = "output_tokens"
 """Length of the answer that is generated, in tokens; lower is better."""
 
 LAYERS = "layers"
-"""Decoder layers of the model, to which its time and its key-value cache are proportional; lower is better."""
+"""Decoder layers of the model; its time and key-value cache are proportional to them. Lower is better."""
 
 SECONDS = "seconds"
 """Time in which the requests of the document set are answered, divided by its documents; lower is better.

@@ -86,7 +86,7 @@ def _stack(layers: str) -> str:
 def _parts(model: nn.Module, layers: str) -> Iterator[tuple[str, nn.Module]]:
     """Yield the layers, and what else stands beside or above their stack and has weights."""
     stack = _stack(layers)
-    for number, layer in enumerate(model.get_submodule(stack)):
+    for number, layer in model.get_submodule(stack).named_children():
         yield f"{stack}.{number}", layer
     holders = stack.split(".")
     for depth, own in enumerate(holders):
