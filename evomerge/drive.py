@@ -16,6 +16,7 @@ from types import FrameType
 
 from evomerge.config import CHANGEABLE, RunConfig, parse_config
 from evomerge.errors import ConfigError, LostRunError, StoreError, UserError
+from evomerge.faults import reached
 from evomerge.plan import Plan, drift
 from evomerge.progress import Progress
 from evomerge.search import Search
@@ -78,6 +79,7 @@ def start(
     notice("starting workers")
     with make_pool(plan) as pool:
         run = store.create_run(config.name, config.model_dump(mode="json"), plan.facts())
+        reached("run_created")
         return _drive(run, plan, pool, store, listener, notice)
 
 
@@ -116,6 +118,7 @@ def resume(
     notice("starting workers")
     with make_pool(plan) as pool:
         run = store.take_run(name)
+        reached("run_taken")
         run.set_config(config.model_dump(mode="json"))
         if changed:
             run.add_event("drift_accepted", {"changes": changed})
@@ -140,7 +143,9 @@ def _drive(run: Run, plan: Plan, pool: Pool, store: Store, listener: Listener, n
     try:
         with _stopping(search, notice):
             finished = search.run()
+        reached("search_ended")
         run.release("finished" if finished else "stopped")
+        reached("run_released")
     except LostRunError:
         raise
     except KeyboardInterrupt:

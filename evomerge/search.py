@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from evomerge.errors import FitnessError
+from evomerge.faults import reached
 from evomerge.fitness.racing import Race, Races
 from evomerge.fitness.selection import finalists, kept_baselines, search_score, winner
 from evomerge.optimizers import Optimizer
@@ -66,8 +67,7 @@ class Search:
     def run(self) -> bool:
         """Go on to the end; return False if it was stopped before."""
         for key, ids in self._plan.document_sets().items():
-            self._run.add_document_set(key, ids)
-            self._recorded.add(key)
+            self._record_documents(key, ids)
         seeded = self._add_seeded()
         self._score("baselines", [(number, "search") for number in seeded])
         if not self.stopping:
@@ -96,6 +96,7 @@ class Search:
         number = len(self._candidates)
         candidate = Candidate(number, origin, generation, index, genome, recipe.to_json(), recipe.digest)
         self._run.add_candidate(candidate, self._told)
+        reached("candidate_recorded")
         self._candidates[number] = candidate
         return candidate
 
@@ -105,6 +106,7 @@ class Search:
         """Ask and tell until the budget is spent."""
         self._record_phase("search")
         optimizer, owed = self._resumed(seeded)
+        reached("replayed")
         budget = self._plan.config.budget
         self._total = budget.evaluations
         self._done = optimizer.asked - len(owed)
@@ -131,6 +133,7 @@ class Search:
         return optimizer
 
     def _proposed(self, proposal: Proposal) -> tuple[int, str]:
+        reached("asked")
         recipe = self._plan.space.decode(proposal.genome)
         candidate = self._add(
             "optimizer",
@@ -146,19 +149,26 @@ class Search:
         resample = self._plan.config.fitness.resample
         documents = DocumentSet("search", None if resample is None else candidate.generation)
         if documents.key not in self._recorded and self._plan.tasks is not None:
-            self._run.add_document_set(documents.key, self._plan.tasks.documents(documents))
-            self._recorded.add(documents.key)
+            self._record_documents(documents.key, self._plan.tasks.documents(documents))
         return documents.key
+
+    def _record_documents(self, key: str, ids: Mapping[str, Sequence[int]]) -> None:
+        self._run.add_document_set(key, ids)
+        reached("documents_recorded")
+        self._recorded.add(key)
 
     def _tell(self, optimizer: Optimizer, candidate: Candidate, outcome: Outcome) -> None:
         if candidate.index is None:
             raise ValueError(f"candidate {candidate.number} was not proposed by the optimizer")
         optimizer.tell(candidate.index, outcome.score, outcome.values)
+        reached("optimizer_told")
         self._told += 1
         state = optimizer.state()
         snapshot = None if state is None else Snapshot(optimizer.asked, self._told, state)
-        self._run.tell([candidate.number], outcome.documents, snapshot)
+        # Before the tell: after it nothing would say a lost note again.
         self._add_notes(optimizer)
+        self._run.tell([candidate.number], outcome.documents, snapshot)
+        reached("tell_recorded")
         self._note_best(outcome)
 
     def _add_notes(self, optimizer: Optimizer) -> None:
@@ -252,10 +262,10 @@ class Search:
                 first = f"; the first failure: {reasons[0]}" if reasons else ""
                 raise FitnessError(f"no finalist could be scored on the select documents{first}")
             return
-        looks = sum(event.kind == "test_opened" for event in self._run.events())
-        known = {number for number, key in self._outcomes if key == "test"}
-        if best not in known:
-            self._run.add_event("test_opened", {"winner": best, "look": looks + 1})
+        looks = [event.data["winner"] for event in self._run.events() if event.kind == "test_opened"]
+        if best not in looks:
+            self._run.add_event("test_opened", {"winner": best, "look": len(looks) + 1})
+            reached("test_opened")
         self._score("test", [(number, "test") for number in [best, *(c.number for c in baselines)]])
 
     def _add_means(self, optimizer: Optimizer) -> list[int]:
@@ -308,6 +318,7 @@ class Search:
                     self._record(repeat, take)
                 else:
                     self._pool.submit(self._job(*pair))
+                    reached("submitted")
                     running += 1
             if exhausted and not running:
                 return
@@ -357,7 +368,9 @@ class Search:
         return None if found is None else replace(found, candidate=number, cost={})
 
     def _record(self, outcome: Outcome, take: Callable[[Outcome], None]) -> None:
+        reached("outcome_received")
         self._run.add_outcome(outcome, self._plan.fitness_digest)
+        reached("outcome_recorded")
         self._beat = time.monotonic()
         # Values of documents are read from the store when they are needed; here they would only pile up.
         self._outcomes[outcome.candidate, outcome.documents] = replace(outcome, values={})
@@ -392,3 +405,4 @@ class Search:
         if phase != self._phase:
             self._phase = phase
             self._run.add_event("phase", {"phase": phase})
+            reached("phase_recorded")

@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from evomerge import faults
 from evomerge.cli import adapters, inspect, look, models, population, runs, soup
 from evomerge.errors import LostRunError, UserError
 
@@ -63,6 +64,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _ended)
     try:
+        faults.arm(os.environ.get(faults.VARIABLE))
         app()
     except (UserError, LostRunError) as problem:
         print(f"evomerge: {problem}", file=sys.stderr)

@@ -15,6 +15,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, insert, in
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from evomerge.errors import StoreError
+from evomerge.faults import reached
 from evomerge.store.tables import META, METADATA, SCHEMA
 
 BUSY_SECONDS = 30.0
@@ -162,6 +163,7 @@ def prepare(reader: Engine, writer: Engine, *, create: bool) -> None:
         if not _has_tables(connection):
             METADATA.create_all(connection)
             connection.execute(insert(META).values(key="schema_version", value=str(SCHEMA)))
+            reached("tables_made")
 
 
 def lock(connection: Connection) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, Row, bindparam, delete, exists, func, insert, select, update
 
 from evomerge.errors import LostRunError, StoreError
+from evomerge.faults import reached
 from evomerge.records import Candidate, DocumentSet, Outcome
 from evomerge.store.tables import (
     CANDIDATES,
@@ -75,6 +76,7 @@ class Run(RunView):
                     f" got {numbers[:5]}"
                 )
             connection.execute(insert(CANDIDATES), rows)
+            reached("candidate_written")
 
     def add_outcome(self, outcome: Outcome, fitness_digest: str) -> None:
         """Record an outcome.
@@ -100,6 +102,7 @@ class Run(RunView):
             tally = {"run_id": self._id, "split": row["split"], "status": row["status"]}
             if not connection.execute(_COUNT_ONE_MORE, {f"at_{k}": v for k, v in tally.items()}).rowcount:
                 connection.execute(insert(TALLIES), {**tally, "number": 1})
+            reached("outcome_written")
 
     def tell(self, numbers: Sequence[int], documents: str, snapshot: Snapshot | None = None) -> None:
         """Record that the optimizer was told outcomes, and its state after that, both or neither.
@@ -119,10 +122,12 @@ class Run(RunView):
             ).scalar_one()
             if numbers:
                 self._mark_told(connection, numbers, documents, before)
+            reached("tell_written")
             if snapshot is not None:
                 if snapshot.told != before + len(numbers):
                     raise ValueError(f"snapshot.told is {snapshot.told}, expected {before + len(numbers)}")
                 self._add_snapshot(connection, snapshot)
+                reached("snapshot_written")
 
     def add_document_set(self, key: str, ids: Mapping[str, Sequence[int]]) -> None:
         """Record which documents a set holds; recording the same again is no error.

@@ -13,6 +13,7 @@ from typing import Any, Self
 from sqlalchemy import Connection, Engine, insert, select, update
 
 from evomerge.errors import StoreError, nearest
+from evomerge.faults import reached
 from evomerge.store.connect import locate, lock, make_engine, prepare, shown, translated
 from evomerge.store.owner import LEASE_SECONDS, Owner
 from evomerge.store.run import Run
@@ -100,6 +101,7 @@ class Store:
                     " or give another name"
                 )
             connection.execute(insert(RUNS).values(**row, heartbeat=now(), created=now(), updated=now()))
+            reached("run_written")
             return Run(self, connection.execute(RUN_ROW.where(RUNS.c.name == name)).one())
 
     def take_run(self, name: str) -> Run:

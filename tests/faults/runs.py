@@ -1,0 +1,133 @@
+"""The runs that are killed: every optimizer over every space it can search, small and cheap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.world import make_world, write_config
+
+FITNESS = '''
+"""A forward pass of a few tokens, other ones for each split: how near its logits are to a target."""
+
+import hashlib
+import os
+import time
+
+import torch
+
+OFFSETS = {"search": 5, "select": 30, "test": 55}
+
+
+def score(model, tokenizer, request):
+    log = os.environ.get("FITNESS_LOG")
+    if log:
+        with open(log, "a") as file:
+            file.write(f"{request.recipe.digest} {request.split}\\n")
+    time.sleep(float(os.environ.get("FITNESS_SECONDS", "0")))
+    offset = OFFSETS[request.split]
+    tokens = torch.arange(offset, offset + 16).reshape(2, 8)
+    with torch.no_grad():
+        logits = model(tokens).logits[:, -1].double()
+    target = torch.randn(logits.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    values = -((logits - target) ** 2).flatten()[:40]
+    if request.split == "search" and hashlib.sha256(request.recipe.digest.encode()).digest()[0] % 8 == 0:
+        values[0] = float("nan")  # some candidates have no score
+    return {"near": values.tolist()}
+
+
+def solved(model, tokenizer, request):
+    values = score(model, tokenizer, request)["near"]
+    return {"near": [float(value > -1.0) if value == value else value for value in values]}
+'''
+
+
+def make_fault_world(folder: Path) -> Path:
+    """Make the end-to-end tests' world with a fitness of its own, which works for layer paths too."""
+    make_world(folder)
+    (folder / "fitness.py").write_text(FITNESS)
+    return folder
+
+
+SPACES: dict[str, dict[str, Any]] = {
+    "parameter": {"method": "task_arithmetic", "granularity": {"anchors": 2}},
+    "mixed": {
+        "method": "linear",
+        "parameters": {"weight": "free", "normalize": "free"},
+        "granularity": {"anchors": 2},
+    },
+    "data_flow": {"kind": "data_flow", "repeats": 1, "max_layers": 5},
+    "layer_edits": {"kind": "layer_edits", "edits": 2, "operations": ["skip", "repeat", "borrow"]},
+    "joint": {
+        "kind": "joint",
+        "parameter": {"method": "task_arithmetic"},
+        "path": {"kind": "layer_edits", "edits": 1, "operations": ["skip", "repeat"]},
+    },
+    "segments": {"kind": "segments", "cells": 64, "chromosomes": [["attention"]]},
+}
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "cma_es": {"name": "cma_es", "population": 4},
+    "cma_es-plain": {"name": "cma_es", "population": 4, "lr_adapt": False},
+    "cma_es-separable": {"name": "cma_es", "population": 4, "separable_above": 0},
+    "cma_es-restarts": {"name": "cma_es", "population": 3, "restart_after": 1},
+    "random": {"name": "random"},
+    "tpe": {"name": "optuna", "sampler": "tpe", "startup": 4},
+    "gp": {"name": "optuna", "sampler": "gp", "startup": 4},
+    "optuna-cmaes": {"name": "optuna", "sampler": "cmaes", "population": 4},
+    "nsga2": {"name": "optuna", "sampler": "nsga2", "population": 4},
+    "qmc": {"name": "optuna", "sampler": "qmc"},
+    "niches": {"name": "niches", "size": 4},
+    "map_elites": {"name": "niches", "archive": "map_elites", "warm_up": 4},
+}
+
+GENERATIONAL = tuple(name for name in OPTIMIZERS if name.startswith("cma_es"))
+
+CATEGORICAL = ("mixed", "layer_edits", "joint")
+
+PAIRS = tuple(
+    (optimizer, space)
+    for optimizer, settings in OPTIMIZERS.items()
+    for space in SPACES
+    if (space != "segments" or settings["name"] == "niches")
+    and (space not in CATEGORICAL or optimizer != "optuna-cmaes")
+)
+"""Every pair that a config may have."""
+
+COVERING = (
+    ("cma_es", "parameter"),
+    ("cma_es-plain", "mixed"),
+    ("cma_es-separable", "parameter"),
+    ("cma_es-restarts", "joint"),
+    ("random", "data_flow"),
+    ("tpe", "layer_edits"),
+    ("gp", "parameter"),
+    ("optuna-cmaes", "parameter"),
+    ("nsga2", "joint"),
+    ("qmc", "data_flow"),
+    ("niches", "segments"),
+    ("map_elites", "segments"),
+    ("niches", "layer_edits"),
+)
+"""Every optimizer and every space at least once."""
+
+
+def write_pair(folder: Path, optimizer: str, space: str, evaluations: int = 9) -> str:
+    """Write the config of a pair, `OPTIMIZER-SPACE.yaml`; return the run's name."""
+    name = f"{optimizer}-{space}"
+    niches = OPTIMIZERS[optimizer]["name"] == "niches"
+    deltas = space in ("parameter", "joint")
+    write_config(
+        folder,
+        f"{name}.yaml",
+        name=name,
+        sources={"base": "./base", "models": ["./one", "./two"]}
+        if deltas
+        else {"models": ["./one", "./two"]},
+        space=SPACES[space],
+        optimizer=OPTIMIZERS[optimizer],
+        fitness={"function": f"fitness.py:{'solved' if niches else 'score'}"},
+        budget={"evaluations": evaluations, "finalists": 2},
+        baselines={"task_arithmetic": [0.3]},
+    )
+    return name
