@@ -6,6 +6,7 @@ nothing behind.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -151,18 +152,21 @@ def _drive(run: Run, plan: Plan, pool: Pool, store: Store, listener: Listener, n
     except KeyboardInterrupt:
         run.release("stopped")
         pool.close(kill=True)
-    except UserError as problem:
-        run.release("failed", str(problem))
+    except SystemExit:
+        run.release("stopped")
         raise
     except BaseException as problem:
-        run.release("failed", f"{type(problem).__name__}: {problem}")
+        text = str(problem) if isinstance(problem, UserError) else f"{type(problem).__name__}: {problem}"
+        # Where the store is at fault this fails too; what came first is what the user must know.
+        with contextlib.suppress(StoreError, LostRunError):
+            run.release("failed", text)
         raise
     return store.run(run.name)
 
 
 @contextmanager
 def _stopping(search: Search, notice: Notice) -> Iterator[None]:
-    """Stop after the running candidates at the first SIGINT or SIGTERM, at once at the second SIGINT."""
+    """Stop after the running candidates at the first SIGINT, SIGTERM or SIGHUP, at once at another SIGINT."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -174,7 +178,9 @@ def _stopping(search: Search, notice: Notice) -> Iterator[None]:
         search.stopping = True
         notice("stopping after the candidates that are running; Ctrl-C again stops at once")
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         yield
     finally:

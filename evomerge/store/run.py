@@ -219,8 +219,7 @@ class Run(RunView):
 
     def _candidate_row(self, candidate: Candidate, told_before: int) -> dict[str, Any]:
         what = f'run "{self.name}": candidate {candidate.number}'
-        return {
-            "run_id": self._id,
+        row = {
             "number": candidate.number,
             "origin": candidate.origin,
             "generation": candidate.generation,
@@ -228,8 +227,9 @@ class Run(RunView):
             "told_before": told_before,
             "digest": candidate.digest,
             "genome": None if candidate.genome is None else pack(candidate.genome, f"{what}: its genome"),
-            "recipe": pack(dict(candidate.recipe), f"{what}: its recipe"),
         }
+        recipe = pack(dict(candidate.recipe), f"{what}: its recipe", *row.values())
+        return {"run_id": self._id, **row, "recipe": recipe}
 
     def _outcome_row(self, outcome: Outcome, fitness_digest: str) -> dict[str, Any]:
         what = f'run "{self.name}": outcome of candidate {outcome.candidate} on "{outcome.documents}"'
@@ -245,7 +245,7 @@ class Run(RunView):
             "fitness": fitness_digest,
             "told": None,
             "epoch": self._held,
-            "record": pack(record, what),
+            "record": pack(record, what, outcome.candidate, outcome.documents, fitness_digest),
             "document_values": squeeze(values, f"{what}: its values"),
         }
 

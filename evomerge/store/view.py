@@ -226,6 +226,11 @@ class RunView:
             asked_rows, told_rows, waiting_rows = (
                 connection.execute(query).all() for query in (asks, tells, waits)
             )
+        if [row.told for row in told_rows] != list(range(told, told + len(told_rows))):
+            raise StoreError(
+                f'run "{self.name}": the order of its outcomes is damaged in the store; '
+                "restore the store from a copy"
+            )
         return Log(
             tuple(Asked(self._candidate(row), row.told_before) for row in asked_rows),
             tuple(self._outcome(row) for row in told_rows),
@@ -289,12 +294,13 @@ class RunView:
     def _candidate(self, row: Row[Any]) -> Candidate:
         what = f'run "{self.name}": candidate {row.number}'
         genome = None if row.genome is None else tuple(unpack(row.genome, what))
-        recipe = unpack(row.recipe, what)
+        beside = (row.number, row.origin, row.generation, row.idx, row.told_before, row.digest, row.genome)
+        recipe = unpack(row.recipe, what, *beside)
         return Candidate(row.number, row.origin, row.generation, row.idx, genome, recipe, row.digest)
 
     def _outcome(self, row: Row[Any]) -> Outcome:
         what = f'run "{self.name}": an outcome'
-        record = unpack(row.record, what)
+        record = unpack(row.record, what, row.candidate, row.documents, row.fitness)
         values = unsqueeze(row.document_values, what) if "document_values" in row._fields else {}
         return Outcome.from_json({**record, "values": values})
 
@@ -305,5 +311,7 @@ def snapshot_digest(asked: int, told: int, state: bytes) -> str:
 
 
 def _outcomes(*where: ColumnElement[bool], values: bool = True) -> Select[Any]:
-    columns = [OUTCOMES.c.record, OUTCOMES.c.document_values] if values else [OUTCOMES.c.record]
+    columns = [OUTCOMES.c[name] for name in ("candidate", "documents", "fitness", "told", "record")]
+    if values:
+        columns.append(OUTCOMES.c.document_values)
     return select(*columns).where(*where)

@@ -80,7 +80,11 @@ class Pool(ABC):
         """Stop the workers; `kill`: without letting them finish. May be called twice."""
 
     def __enter__(self) -> Pool:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.close(kill=True)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:

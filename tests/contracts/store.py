@@ -352,7 +352,7 @@ class StoreContract:
 
     def test_a_store_of_another_version_is_refused(self, store: Store, url: str) -> None:
         sql(store, "UPDATE meta SET value = '99'")
-        with pytest.raises(StoreError, match="its schema is version 99, this evomerge reads version 1"):
+        with pytest.raises(StoreError, match="its schema is version 99, this evomerge reads version 2"):
             Store.open(url)
 
     def test_tables_of_another_program_are_left_alone(self, store: Store, url: str) -> None:

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.killing import Undisturbed
 from tests.faults.nursery import Nursery
 from tests.faults.promises import Book
 from tests.faults.runs import make_fault_world
 from tests.postgres import PrivatePostgres
 
 BOOK = pytest.StashKey[Book]()
-
-pytest.register_assert_rewrite("tests.faults.killing", "tests.faults.histories")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -70,6 +69,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nursery(world: Path) -> Iterator[Nursery]:
     with Nursery(world) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def undisturbed(world: Path, nursery: Nursery) -> Undisturbed:
+    return Undisturbed(world, nursery)
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-from tests.faults.histories import lost, recorded, repeated
+from tests.faults.histories import lost, recorded, repeated, whole_history
 from tests.faults.nursery import Done, Nursery
+from tests.faults.runs import write_pair
 
 
 @dataclass
@@ -26,6 +29,30 @@ def finished(done: Done) -> Done:
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-2000:]}"
     assert "Traceback" not in done.stderr
     return done
+
+
+class Undisturbed:
+    """Runs that nobody disturbed, each made once."""
+
+    def __init__(self, world: Path, nursery: Nursery) -> None:
+        self._world, self._nursery = world, nursery
+        self.made = cache(self._made)
+
+    def _made(self, optimizer: str, space: str) -> tuple[str, dict[str, Any], int]:
+        """Return a pair's run: its name, its history, and how many transitions it has."""
+        name = write_pair(self._world, optimizer, space)
+        store = self._world / f"{name}.db"
+        done = finished(self._nursery.run("run", f"{name}.yaml", "--store", store, crash="any:0"))
+        return name, whole_history(store, name), len(done.passed)
+
+
+def one_line(done: Done) -> str:
+    """Return the error of a command that the user can mend: the last line, exit code 2, no traceback."""
+    assert done.returncode == 2, f"exit code {done.returncode}: {done.stderr[-2000:]}"
+    lines = done.stderr.strip().splitlines()
+    assert [line for line in lines if line.startswith("evomerge: ")] == lines[-1:], done.stderr[-2000:]
+    assert "Traceback" not in done.stderr, done.stderr[-2000:]
+    return lines[-1]
 
 
 def run_killed(

@@ -87,30 +87,28 @@ class Nursery:
             workers: Use a `ShuffledPool` of this many.
             timeout: Seconds after which it is killed and the test fails.
         """
-        self.start(
+        pid = self.start(
             *arguments, env=env, crash=crash, file_bytes=file_bytes, constants=constants, workers=workers
         )
-        return self.wait(timeout)
+        return self.wait(pid, timeout)
 
     def start(self, *arguments: str | Path, **more: Any) -> int:
-        """Start a command, return its process id; `wait` before the next."""
-        order = {"arguments": [str(one) for one in arguments], **more}
+        """Start a command, return its process id; `more` is what `run` takes, or `terminal`: a tty."""
+        return int(self._ask({"arguments": [str(one) for one in arguments], **more})["pid"])
+
+    def wait(self, pid: int, timeout: float = 120.0) -> Done:
+        """Wait for a command that was started."""
+        answer = self._ask({"wait": pid, "timeout": timeout})
+        if answer.pop("hung"):
+            raise TimeoutError(f"killed after {timeout} s: {answer}")
+        return Done(**answer)
+
+    def _ask(self, order: Mapping[str, Any]) -> dict[str, Any]:
         assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        return int(self._answer()["pid"])
-
-    def wait(self, timeout: float = 120.0) -> Done:
-        """Wait for the command that was started."""
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{timeout}\n")
-        self._process.stdin.flush()
-        answer = self._answer()
-        if answer.pop("hung"):
-            raise TimeoutError(f"killed after {timeout} s: {answer}")
-        return Done(**answer)
+        return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process is not None
@@ -131,32 +129,38 @@ def serve(folder: Path) -> None:
     os.dup2(2, 1)
     os.chdir(folder)
     warm_up(folder)
+    started: dict[int, float] = {}
     for line in sys.stdin:
-        started = time.monotonic()
-        pid = os.fork()
-        if pid == 0:
-            child(json.loads(line), folder)
-        print(json.dumps({"pid": pid}), file=answers, flush=True)
-        deadline = time.monotonic() + float(sys.stdin.readline())
-        hung = False
-        while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
-            time.sleep(0.002)
-            if time.monotonic() > deadline and not hung:
-                hung = True
-                os.kill(pid, signal.SIGKILL)
-        passed = folder / f".passed-{pid}"
-        answer = {
-            "returncode": os.waitstatus_to_exitcode(ended[1]),
-            "seconds": time.monotonic() - started,
-            "passed": json.loads(passed.read_text()) if passed.exists() else [],
-            "hung": hung,
-        }
-        passed.unlink(missing_ok=True)
-        for name in ("stdout", "stderr"):
-            path = folder / f".{name}-{pid}"
-            answer[name] = path.read_text(errors="replace")
-            path.unlink()
+        order = json.loads(line)
+        if "wait" in order:
+            pid = int(order["wait"])
+            answer = reap(folder, pid, order["timeout"])
+            answer["seconds"] = time.monotonic() - started.pop(pid)
+        else:
+            pid = os.fork()
+            if pid == 0:
+                child(order, folder)
+            started[pid] = time.monotonic()
+            answer = {"pid": pid}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def reap(folder: Path, pid: int, timeout: float) -> dict[str, Any]:
+    """Return what became of a child, which is killed when the time is over."""
+    deadline = time.monotonic() + timeout
+    hung = False
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+        time.sleep(0.002)
+        if time.monotonic() > deadline and not hung:
+            hung = True
+            os.kill(pid, signal.SIGKILL)
+    answer = {"returncode": os.waitstatus_to_exitcode(ended[1]), "hung": hung, "passed": []}
+    for name in ("stdout", "stderr", "passed"):
+        path = folder / f".{name}-{pid}"
+        text = path.read_text(errors="replace") if path.exists() else ""
+        answer[name] = json.loads(text or "[]") if name == "passed" else text
+        path.unlink(missing_ok=True)
+    return answer
 
 
 def child(order: dict[str, Any], folder: Path) -> None:
@@ -164,11 +168,14 @@ def child(order: dict[str, Any], folder: Path) -> None:
     from evomerge import faults
     from evomerge.cli import main
 
-    for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        file = os.open(folder / f".{name}-{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, descriptor)
-    null = os.open(os.devnull, os.O_RDONLY)
+    os.setsid()
+    # A terminal that is opened by the leader of a session becomes its own, and takes it along when it goes.
+    terminal = order.get("terminal")
+    null = os.open(terminal or os.devnull, os.O_RDWR)
     os.dup2(null, 0)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        file = folder / f".{name}-{os.getpid()}"
+        os.dup2(null if terminal else os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.environ.update(order.get("env") or {})
     os.environ.pop(faults.VARIABLE, None)
     if order.get("crash"):

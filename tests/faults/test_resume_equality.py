@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 from _pytest.mark import ParameterSet
 
 from evomerge.seeding import stream
 from tests.faults.histories import replay, whole_history, without_order
-from tests.faults.killing import finished, run_killed
+from tests.faults.killing import Undisturbed, run_killed
 from tests.faults.nursery import Nursery
 from tests.faults.promises import Book
-from tests.faults.runs import COVERING, GENERATIONAL, PAIRS, write_pair
+from tests.faults.runs import COVERING, GENERATIONAL, PAIRS
 from tests.postgres import fresh_schema
 
 
@@ -22,26 +20,6 @@ def few(*short: tuple[str, str]) -> list[ParameterSet]:
     """Return every pair as a parameter; all but the given ones only in the long form."""
     marks = {pair: () if pair in short else (pytest.mark.long,) for pair in PAIRS}
     return [pytest.param(*pair, id="-".join(pair), marks=mark) for pair, mark in marks.items()]
-
-
-class Undisturbed:
-    """Runs that nobody disturbed, each made once."""
-
-    def __init__(self, world: Path, nursery: Nursery) -> None:
-        self._world, self._nursery = world, nursery
-        self.made = cache(self._made)
-
-    def _made(self, optimizer: str, space: str) -> tuple[str, dict[str, Any], int]:
-        """Return a pair's run: its name, its history, and how many transitions it has."""
-        name = write_pair(self._world, optimizer, space)
-        store = self._world / f"{name}.db"
-        done = finished(self._nursery.run("run", f"{name}.yaml", "--store", store, crash="any:0"))
-        return name, whole_history(store, name), len(done.passed)
-
-
-@pytest.fixture(scope="session")
-def undisturbed(world: Path, nursery: Nursery) -> Undisturbed:
-    return Undisturbed(world, nursery)
 
 
 def moments(total: int, count: int, *purpose: str | int) -> list[str]:
