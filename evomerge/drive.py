@@ -138,7 +138,7 @@ def _check_unchanged(view: RunView, config: RunConfig) -> None:
 
 
 def _drive(run: Run, plan: Plan, pool: Pool, store: Store, listener: Listener, notice: Notice) -> RunView:
-    search = Search(run, plan, pool, listener)
+    search = Search(run, plan, pool, listener, notice)
     run.set_status("running")
     run.add_event("started", {"pid": os.getpid(), "workers": pool.state().workers})
     try:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from evomerge.crew import Crew, Health
 from evomerge.errors import FitnessError
 from evomerge.faults import reached
 from evomerge.fitness.racing import Race, Races
@@ -26,12 +27,6 @@ from evomerge.workers.pool import Job, Pool
 
 HEARTBEAT_SECONDS = 10.0
 
-BROKEN_AFTER = 5
-"""Failures without a single success after which the evaluator counts as broken."""
-
-BROKEN_IN_A_ROW = 50
-"""Failures in a row after which it does so in spite of earlier successes."""
-
 
 class Search:
     """Drives one run.
@@ -41,19 +36,24 @@ class Search:
         plan: The run's plan.
         pool: Started workers.
         listener: Called after each outcome.
+        notice: Called with lines for people.
     """
 
     def __init__(
-        self, run: Run, plan: Plan, pool: Pool, listener: Callable[[Progress], None] = lambda progress: None
+        self,
+        run: Run,
+        plan: Plan,
+        pool: Pool,
+        listener: Callable[[Progress], None] = lambda progress: None,
+        notice: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._run, self._plan, self._pool, self._listener = run, plan, pool, listener
+        self._crew = Crew(run, pool, notice)
         self._candidates = {candidate.number: candidate for candidate in run.candidates()}
         known = run.outcomes(values=False)
         self._outcomes = {(outcome.candidate, outcome.documents): outcome for outcome in known}
         self._beat = self._started = time.monotonic()
-        self._ok = sum(outcome.score is not None for outcome in known)
-        self._failures = len(known) - self._ok
-        self._failed_in_a_row = 0
+        self._health = Health(known)
         self._told = 0
         self._phase, self._done, self._total = "", 0, 0
         self._best: float | None = None
@@ -327,6 +327,7 @@ class Search:
             for outcome in self._pool.wait(1.0):
                 running -= 1
                 self._record(outcome, take)
+            self._crew.look()
             if time.monotonic() - self._beat > HEARTBEAT_SECONDS:
                 self._run.heartbeat()
                 self._beat = time.monotonic()
@@ -376,10 +377,7 @@ class Search:
         self._outcomes[outcome.candidate, outcome.documents] = replace(outcome, values={})
         take(outcome)
         self._done += 1
-        ok = outcome.score is not None
-        self._ok += ok
-        self._failures += not ok
-        self._failed_in_a_row = self._failed_in_a_row + 1 if outcome.status == "failed" else 0
+        self._health.add(outcome)
         state = self._pool.state()
         self._listener(
             Progress(
@@ -388,18 +386,12 @@ class Search:
                 self._total,
                 self._best,
                 outcome.score,
-                self._failures,
+                self._health.failures,
                 state.workers,
                 state.deaths,
             )
         )
-        broken = self._ok == 0 and self._failed_in_a_row >= BROKEN_AFTER
-        if broken or self._failed_in_a_row >= BROKEN_IN_A_ROW:
-            first = next(o for o in self._outcomes.values() if o.status == "failed")
-            raise FitnessError(
-                f"{self._failed_in_a_row} candidates in a row could not be scored, so the search was "
-                f"stopped; the first failure (candidate {first.candidate}): {first.reason}"
-            )
+        self._health.check()
 
     def _record_phase(self, phase: str) -> None:
         if phase != self._phase:

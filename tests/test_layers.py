@@ -13,7 +13,7 @@ PACKAGE = Path(evomerge.__file__).parent
 LAYERS = (
     ("__main__", "cli", "demo"),
     ("drive", "evaluate", "soup"),
-    ("search", "progress", "plan", "config", "report", "sourcing", "population"),
+    ("search", "crew", "progress", "plan", "config", "report", "sourcing", "population"),
     ("workers",),
     ("merging", "fitness"),
     ("spaces", "optimizers", "store", "checkpoints"),

@@ -36,11 +36,19 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """What a pool has at the moment: workers up, jobs running, worker deaths so far."""
+    """What a pool has at the moment.
+
+    Attributes:
+        workers: Workers that are up.
+        running: Jobs that they work on.
+        deaths: Workers lost so far.
+        loss: Why the last of them was.
+    """
 
     workers: int
     running: int
     deaths: int
+    loss: str = ""
 
 
 class Pool(ABC):
