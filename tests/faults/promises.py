@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
@@ -61,7 +62,7 @@ PROMISES: dict[str, Promise] = {
     "worker crashes": Promise(
         "an evaluation that segfaults, or exits the process",
         "that candidate fails after its tries, the others are scored",
-        ("kills", "detect"),
+        ("kills",),
     ),
     "worker out of memory": Promise(
         "an evaluation that wants more memory than its process may have",
@@ -70,7 +71,7 @@ PROMISES: dict[str, Promise] = {
     "worker hangs": Promise(
         "an evaluation that hangs in C and holds the interpreter; a worker that is frozen",
         "killed at its deadline, tried again on a new worker",
-        ("kills", "repeated", "detect", "recover"),
+        ("kills", "repeated", "recover"),
     ),
     "bad scores": Promise(
         "an evaluation that returns NaN, infinity, None, text, nothing, ragged or huge results, or raises",
@@ -88,8 +89,13 @@ PROMISES: dict[str, Promise] = {
         ("repeated", "detect", "late results offered", "late results taken"),
     ),
     "ray killed": Promise(
-        "SIGKILL of the head's GCS, of its raylet, of all of Ray",
-        "one line and exit code 2, within seconds; resumed to the same history",
+        "SIGKILL of the GCS, of the raylet, of all processes of a Ray of our own",
+        "it is started again, what was under way is tried again; the same history",
+        ("kills", "repeated", "recover"),
+    ),
+    "head killed": Promise(
+        "SIGKILL of the GCS of a cluster that others started",
+        "one line and exit code 2, before Ray ends the process; resumed to the same history",
         ("kills", "repeated", "detect"),
     ),
     "node joins": Promise("a node joins while a run waits for room", "it gets workers", ("recover",)),
@@ -165,6 +171,14 @@ class Book:
     def entry(self, promise: str) -> Entry:
         assert promise in PROMISES, promise
         return self.entries.setdefault(promise, Entry())
+
+    @contextmanager
+    def trying(self, promise: str) -> Iterator[None]:
+        """Count what is done inside as a try of a promise; for tests of more than one."""
+        entry = self.entry(promise)
+        entry.tried += 1
+        yield
+        entry.held += 1
 
     def report(self, promise: str, *, lost: int = 0, **figures: float) -> None:
         """Add figures to a promise; underscores in their names are spaces."""

@@ -58,11 +58,89 @@ def solved(model, tokenizer, request):
     return {"near": [float(value > -1.0) if value == value else value for value in values]}
 '''
 
+STEERED = '''
+"""The same fitness, led by files in the folder `steer`, for workers that are processes of their own."""
+
+import ctypes
+import importlib.util
+import os
+import pathlib
+import resource
+import signal
+import time
+
+HERE = pathlib.Path(__file__).parent
+STEER = HERE / "steer"
+found = importlib.util.spec_from_file_location("plain_fitness", HERE / "fitness.py")
+plain = importlib.util.module_from_spec(found)
+found.loader.exec_module(plain)
+
+
+def say(word, request):
+    with open(STEER / "log", "a") as file:
+        file.write(f"{word} {request.recipe.digest} {request.split} {os.getpid()}\\n")
+
+
+def held():
+    """Wait for the file `run`, or one that names this process; return whether to poison the result."""
+    here = os.getpid()
+    mark = STEER / f"held-{here}"
+    mark.touch()
+    while not (STEER / "run").exists() and not (STEER / f"go-{here}").exists():
+        time.sleep(0.01)
+    mark.unlink()
+    (STEER / f"go-{here}").unlink(missing_ok=True)
+    return (STEER / f"poison-{here}").exists()
+
+
+def steered(model, tokenizer, request):
+    say("begin", request)
+    poison = held()
+    result = plain.score(model, tokenizer, request)
+    say("end", request)
+    if poison:  # a result that would be seen if it were taken
+        return {"near": [value - 1000.0 for value in result["near"]]}
+    return result
+
+
+def first_time(what):
+    """Return whether this was not asked before."""
+    try:
+        (STEER / what).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def misbehaving(model, tokenizer, request):
+    kind = {0.1: "segfault", 0.2: "exit", 0.4: "memory", 0.5: "hang", 0.6: "freeze"}
+    given = request.recipe.parameters.get("lambda")
+    wanted = kind.get(given[0].value) if given else None
+    if wanted == "segfault":
+        ctypes.string_at(0)
+    if wanted == "exit" and first_time("exit"):
+        os._exit(0)
+    if wanted == "memory":
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), before[1]))
+        try:
+            bytearray(256 << 20)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+    if wanted == "freeze" and first_time("freeze"):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if wanted == "hang" and first_time("hang"):
+        ctypes.PyDLL(None).sleep(3600)  # keeps the interpreter's lock
+    return plain.score(model, tokenizer, request)
+'''
+
 
 def make_fault_world(folder: Path) -> Path:
     """Make the end-to-end tests' world with a fitness of its own, which works for layer paths too."""
     make_world(folder)
     (folder / "fitness.py").write_text(FITNESS)
+    (folder / "steered.py").write_text(STEERED)
     return folder
 
 
