@@ -45,7 +45,7 @@ def test_killed_again_and_again_it_ends_the_same(
     long: bool,
 ) -> None:
     name, whole, total = undisturbed.made(optimizer, space)
-    for attempt in range(6 if long else 1):
+    for attempt in range(3 if long else 1):
         store = str(tmp_path / f"{attempt}.db")
         cost = run_killed(nursery, world, name, store, moments(total, 3, name, attempt))
         book.report(

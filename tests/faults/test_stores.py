@@ -265,7 +265,7 @@ def test_a_flipped_bit_is_refused_or_does_no_harm(
 ) -> None:
     draw = stream(0, "bits")
     size = half.stat().st_size
-    for _ in range(2000 if long else 12):
+    for _ in range(500 if long else 12):
         place, bit = int(draw.integers(size)), int(draw.integers(8))
 
         def flipped(data: bytes, place: int = place, bit: int = bit) -> bytes:
