@@ -8,13 +8,13 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from sqlalchemy import Connection, Engine, insert, select, update
 
 from evomerge.errors import StoreError, nearest
 from evomerge.faults import reached
-from evomerge.store.connect import locate, lock, make_engine, prepare, shown, translated
+from evomerge.store.connect import insist, locate, lock, make_engine, prepare, shown, translated
 from evomerge.store.owner import LEASE_SECONDS, Owner
 from evomerge.store.run import Run
 from evomerge.store.tables import RUNS, now, pack
@@ -139,11 +139,15 @@ class Store:
 
     def run(self, name: str) -> RunView:
         """Return a run to read; StoreError if there is none of that name."""
-        with self.reading() as connection:
-            row = connection.execute(RUN_ROW.where(RUNS.c.name == name)).one_or_none()
-            if row is None:
-                raise self._unknown(connection, name)
-        return RunView(self, row)
+
+        def fetch() -> RunView:
+            with self.reading() as connection:
+                row = connection.execute(RUN_ROW.where(RUNS.c.name == name)).one_or_none()
+                if row is None:
+                    raise self._unknown(connection, name)
+            return RunView(self, row)
+
+        return cast(RunView, insist(fetch))
 
     def runs(self) -> list[RunView]:
         """Return all runs to read, oldest first."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import ColumnElement, Row, Select, and_, func, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, func, select
 
 from evomerge.errors import StoreError
 from evomerge.records import Candidate, Outcome
+from evomerge.store.connect import Result, insist
 from evomerge.store.owner import Owner
 from evomerge.store.tables import (
     CANDIDATES,
@@ -222,10 +223,9 @@ class RunView:
             .join_from(OUTCOMES, CANDIDATES, _SAME_CANDIDATE)
             .order_by(OUTCOMES.c.candidate, OUTCOMES.c.documents)
         )
-        with self._store.reading() as connection:
-            asked_rows, told_rows, waiting_rows = (
-                connection.execute(query).all() for query in (asks, tells, waits)
-            )
+        asked_rows, told_rows, waiting_rows = self._read(
+            lambda connection: [connection.execute(query).all() for query in (asks, tells, waits)]
+        )
         if [row.told for row in told_rows] != list(range(told, told + len(told_rows))):
             raise StoreError(
                 f'run "{self.name}": the order of its outcomes is damaged in the store; '
@@ -288,8 +288,16 @@ class RunView:
         return Counts(0 if last is None else last + 1, outcomes, candidate, score)
 
     def _rows(self, query: Select[Any]) -> list[Row[Any]]:
-        with self._store.reading() as connection:
-            return list(connection.execute(query).all())
+        return self._read(lambda connection: list(connection.execute(query).all()))
+
+    def _read(self, look: Callable[[Connection], Result]) -> Result:
+        """Read as of one moment, again if the connection breaks."""
+
+        def once() -> Result:
+            with self._store.reading() as connection:
+                return look(connection)
+
+        return cast(Result, insist(once))
 
     def _candidate(self, row: Row[Any]) -> Candidate:
         what = f'run "{self.name}": candidate {row.number}'
