@@ -60,8 +60,14 @@ class Search:
         self._since_best = 0
         racing = plan.config.fitness.racing
         self._races = None if racing is None else Races(racing.rungs, racing.error)
-        self._notes = {event.data["note"] for event in run.events() if event.kind == "optimizer"}
+        self._notes = {
+            event.data.get("note", event.data.get("reason"))
+            for event in run.events()
+            if event.kind in ("optimizer", "optimizer_finished")
+        }
         self._recorded: set[str] = set()
+        # What a callable does is not all in its file, so another run may have done something else.
+        self._alike = run.alike() if plan.tasks is not None else []
         self.stopping = False
 
     def run(self) -> bool:
@@ -128,7 +134,7 @@ class Search:
             self._tell(optimizer, candidate, outcome)
 
         self._drive(source(), told)
-        if not self.stopping and optimizer.finished:
+        if not self.stopping and optimizer.finished and optimizer.finished not in self._notes:
             self._run.add_event("optimizer_finished", {"reason": optimizer.finished})
         return optimizer
 
@@ -363,9 +369,9 @@ class Search:
         return max(1.0, counts[0] / counts[1])
 
     def _repeat(self, number: int, documents: str) -> Outcome | None:
-        """Return the outcome of an equal recipe on the same documents, if the run has one."""
+        """Return the outcome of an equal recipe on the same documents, if this run or one alike has it."""
         digest = self._candidates[number].digest
-        found = self._run.find_outcome(digest, self._plan.fitness_digest, documents)
+        found = self._run.find_outcome(digest, self._plan.fitness_digest, documents, self._alike)
         return None if found is None else replace(found, candidate=number, cost={})
 
     def _record(self, outcome: Outcome, take: Callable[[Outcome], None]) -> None:
@@ -381,14 +387,8 @@ class Search:
         state = self._pool.state()
         self._listener(
             Progress(
-                self._phase,
-                self._done,
-                self._total,
-                self._best,
-                outcome.score,
-                self._health.failures,
-                state.workers,
-                state.deaths,
+                *(self._phase, self._done, self._total, self._best, outcome.score, self._health.failures),
+                *(state.workers, state.deaths),
             )
         )
         self._health.check()
