@@ -37,6 +37,7 @@ _ADVICE = {
     "locked": f"another process has held it for over {BUSY_SECONDS:.0f} s: end that one, then resume",
     "busy": f"another process has held it for over {BUSY_SECONDS:.0f} s: end that one, then resume",
     "not a database": "this is no SQLite file: give another path",
+    "utf-8": "the file is damaged: restore it from a copy",
     "malformed": "the file is damaged: restore it from a copy",
     "full": "free some space, then resume; what was acknowledged is kept",
     "no space": "free some space, then resume; what was acknowledged is kept",
@@ -137,7 +138,8 @@ def translated(url: URL) -> Iterator[None]:
     """Turn a database error inside the block into a StoreError of one line that names the store."""
     try:
         yield
-    except (SQLAlchemyError, sqlite3.Error) as error:
+    # SQLite quotes a damaged schema in its messages, whatever bytes that has.
+    except (SQLAlchemyError, sqlite3.Error, UnicodeDecodeError) as error:
         kind = ConnectionLost if _is_lost(error) else StoreError
         raise kind(f"store {shown(url)}: {_one_line(error, url)}") from error
 

@@ -17,7 +17,7 @@ from evomerge.faults import reached
 from evomerge.store.connect import insist, locate, lock, make_engine, prepare, shown, translated
 from evomerge.store.owner import LEASE_SECONDS, Owner
 from evomerge.store.run import Run
-from evomerge.store.tables import RUNS, now, pack
+from evomerge.store.tables import RUNS, intact, now, pack
 from evomerge.store.view import RUN_ROW, RunView
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -117,7 +117,8 @@ class Store:
             row = connection.execute(RUN_ROW.where(RUNS.c.name == name).with_for_update()).one_or_none()
             if row is None:
                 raise self._unknown(connection, name)
-            here, owner = Owner.here(), Owner.of_json(row.owner)
+            with intact(f'run "{name}": its owner'):
+                here, owner = Owner.here(), Owner.of_json(row.owner)
             if owner is not None and owner != here and owner.alive(row.silence):
                 raise StoreError(
                     f'run "{name}" is driven by {owner}, which wrote {max(row.silence, 0.0):.0f} s ago;'

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import (
@@ -139,6 +141,15 @@ def _sqlite_now(_element: now, _compiler: Any, **_kw: Any) -> str:
 @compiles(now, "postgresql")
 def _postgres_now(_element: now, _compiler: Any, **_kw: Any) -> str:
     return "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
+
+
+@contextmanager
+def intact(what: str) -> Iterator[None]:
+    """Turn what a value of a wrong kind causes inside the block into a StoreError that names `what`."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StoreError(f"{what} is damaged in the store: {error}; restore the store from a copy") from None
 
 
 def pack(data: Any, what: str, *beside: object) -> str:

@@ -22,6 +22,7 @@ from evomerge.store.tables import (
     RUNS,
     SNAPSHOTS,
     TALLIES,
+    intact,
     now,
     unpack,
     unsqueeze,
@@ -140,8 +141,9 @@ class RunView:
         self.created: float = row.created
         self.updated: float = row.updated
         self.error: str = unpack(row.error, f'run "{row.name}": its error')
-        self.owner = Owner.of_json(row.owner)
-        self.owner_alive = self.owner is not None and self.owner.alive(row.silence)
+        with intact(f'run "{row.name}": its owner'):
+            self.owner = Owner.of_json(row.owner)
+            self.owner_alive = self.owner is not None and self.owner.alive(row.silence)
 
     def candidates(self) -> list[Candidate]:
         """Return all candidates by number."""
@@ -266,8 +268,9 @@ class RunView:
         query = select(SNAPSHOTS).where(SNAPSHOTS.c.run_id == self._id).order_by(SNAPSHOTS.c.sequence.desc())
         for row in self._rows(query):
             try:
-                if snapshot_digest(row.asked, row.told, row.state) != row.sha256:
-                    raise StoreError("its checksum differs")
+                with intact("it"):
+                    if snapshot_digest(row.asked, row.told, row.state) != row.sha256:
+                        raise StoreError("its checksum differs")
                 return Snapshot(row.asked, row.told, unsqueeze(row.state, "its state"))
             except StoreError as error:
                 self._snapshot_damaged(row.sequence, str(error))
@@ -315,16 +318,19 @@ class RunView:
 
     def _candidate(self, row: Row[Any]) -> Candidate:
         what = f'run "{self.name}": candidate {row.number}'
-        genome = None if row.genome is None else tuple(unpack(row.genome, what))
+        with intact(what):
+            genome = None if row.genome is None else tuple(unpack(row.genome, what))
         beside = (row.number, row.origin, row.generation, row.idx, row.told_before, row.digest, row.genome)
         recipe = unpack(row.recipe, what, *beside)
-        return Candidate(row.number, row.origin, row.generation, row.idx, genome, recipe, row.digest)
+        with intact(what):
+            return Candidate(row.number, row.origin, row.generation, row.idx, genome, recipe, row.digest)
 
     def _outcome(self, row: Row[Any]) -> Outcome:
         what = f'run "{self.name}": an outcome'
         record = unpack(row.record, what, row.candidate, row.documents, row.fitness)
         values = unsqueeze(row.document_values, what) if "document_values" in row._fields else {}
-        return Outcome.from_json({**record, "values": values})
+        with intact(what):
+            return Outcome.from_json({**record, "values": values})
 
 
 def snapshot_digest(asked: int, told: int, state: bytes) -> str:

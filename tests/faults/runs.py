@@ -135,12 +135,61 @@ def misbehaving(model, tokenizer, request):
     return plain.score(model, tokenizer, request)
 '''
 
+ODD = '''
+"""Scores good sources, then returns one odd thing after another."""
+
+import numpy as np
+
+
+class Odd(Exception):
+    def __init__(self, one, two):
+        super().__init__()
+
+
+def raising(problem):
+    raise problem
+
+
+THINGS = {
+    "nan": lambda: float("nan"),
+    "inf": lambda: float("inf"),
+    "minus inf": lambda: [1e9, float("-inf")],
+    "huge": lambda: [1e308, 1e308],
+    "none": lambda: None,
+    "text": lambda: "0.5",
+    "bool": lambda: True,
+    "complex": lambda: 1j,
+    "empty": lambda: {},
+    "empty list": lambda: [],
+    "ragged": lambda: [[1.0, 2.0], [3.0]],
+    "nested": lambda: {"a": {"b": 1.0}},
+    "plane": lambda: np.ones((2, 2)),
+    "names": lambda: {None: [1.0], 3: [None]},
+    "error": lambda: raising(Odd(1, 2)),
+    "exit": lambda: raising(SystemExit(3)),
+    "deep": lambda: raising(RecursionError("too deep\\nindeed")),
+    "numpy": lambda: np.float32(0.25),
+    "long": lambda: [0.25] * 300_000,
+}
+calls = 0
+
+
+def odd(model, tokenizer, request):
+    global calls
+    calls += request.split == "search"
+    place = calls - 5 - 1  # after the baselines
+    if request.split == "search" and 0 <= place < len(THINGS):
+        return list(THINGS.values())[place]()
+    return 0.5
+'''
+
 
 def make_fault_world(folder: Path) -> Path:
     """Make the end-to-end tests' world with a fitness of its own, which works for layer paths too."""
     make_world(folder)
     (folder / "fitness.py").write_text(FITNESS)
     (folder / "steered.py").write_text(STEERED)
+    (folder / "odd.py").write_text(ODD)
     return folder
 
 

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,29 +41,32 @@ FAST = {
 """A node that does not answer is dead after a second or two, not after a minute."""
 
 
+@contextmanager
+def own_folder() -> Iterator[None]:
+    """Let Ray put its files into a folder that goes away."""
+    folder = tempfile.mkdtemp(prefix="evomerge-test-", dir="/tmp")
+    (Path(folder) / "ray").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        yield
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head without room for workers; nodes come and go."""
     import ray
     from ray.cluster_utils import Cluster
 
-    folder = tempfile.mkdtemp(prefix="evomerge-test-", dir="/tmp")
-    (Path(folder) / "ray").mkdir()
-    before = os.environ.get("RAY_TMPDIR")
-    os.environ["RAY_TMPDIR"] = folder
-    made = Cluster(
-        initialize_head=True,
-        connect=True,
-        head_node_args={"num_cpus": 0, "_system_config": FAST, "include_dashboard": False},
-    )
-    yield made
-    ray.shutdown()
-    made.shutdown()
-    if before is None:
-        del os.environ["RAY_TMPDIR"]
-    else:
-        os.environ["RAY_TMPDIR"] = before
-    shutil.rmtree(folder, ignore_errors=True)
+    with own_folder():
+        made = Cluster(
+            initialize_head=True,
+            connect=True,
+            head_node_args={"num_cpus": 0, "_system_config": FAST, "include_dashboard": False},
+        )
+        yield made
+        ray.shutdown()
+        made.shutdown()
 
 
 def raylet_of(node: Any) -> psutil.Process:
@@ -386,6 +390,38 @@ def test_a_ray_of_our_own_that_dies_is_started_again(
     assert without_order(whole_history(store, "steered")) == without_order(steered)
     assert steer.repeated <= 4  # two workers, each with one under way and one at hand
     assert_gone(killed)
+
+
+@pytest.mark.long
+@pytest.mark.promise("head killed")
+def test_a_cluster_whose_head_dies_stops_the_run_in_one_line(
+    world: Path, steered: dict[str, Any], steer: Steer, tmp_path: Path, book: Book, nursery: Nursery
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    store = tmp_path / "store.db"
+    with own_folder():
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        settings = ("pool=ray", "count=1", f"ray_address={made.address}")
+        overrides = [part for one in settings for part in ("--set", f"workers.{one}")]
+        process = start(world, "run", "steered.yaml", "--store", store, *overrides)
+        try:
+            steer.one()
+            psutil.Process(made.head_node.all_processes["gcs_server"][0].process.pid).kill()
+            began = time.monotonic()
+            _, err = process.communicate(timeout=120)
+            detect = time.monotonic() - began
+        finally:
+            process.kill()
+            made.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+    assert process.returncode == 2, err
+    assert "Ray is gone" in err.strip().splitlines()[-1]
+    assert "Traceback" not in err
+    steer.run()
+    finished(nursery.run("resume", "steered", "--store", store, "--set", "workers.pool=inline", timeout=200))
+    book.report("head killed", kills=1, repeated=steer.repeated, detect=detect)
+    assert without_order(whole_history(store, "steered")) == without_order(steered)
+    assert steer.repeated <= 1
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
