@@ -169,7 +169,7 @@ THINGS = {
     "exit": lambda: raising(SystemExit(3)),
     "deep": lambda: raising(RecursionError("too deep\\nindeed")),
     "numpy": lambda: np.float32(0.25),
-    "long": lambda: [0.25] * 300_000,
+    "long": lambda: [0.25] * 20_000,
 }
 calls = 0
 
