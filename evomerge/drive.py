@@ -6,6 +6,7 @@ nothing behind.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ from types import FrameType
 
 from evomerge.config import CHANGEABLE, RunConfig, parse_config
 from evomerge.errors import ConfigError, LostRunError, StoreError, UserError
+from evomerge.faults import reached
 from evomerge.plan import Plan, drift
 from evomerge.progress import Progress
 from evomerge.search import Search
@@ -78,6 +80,7 @@ def start(
     notice("starting workers")
     with make_pool(plan) as pool:
         run = store.create_run(config.name, config.model_dump(mode="json"), plan.facts())
+        reached("run_created")
         return _drive(run, plan, pool, store, listener, notice)
 
 
@@ -116,6 +119,7 @@ def resume(
     notice("starting workers")
     with make_pool(plan) as pool:
         run = store.take_run(name)
+        reached("run_taken")
         run.set_config(config.model_dump(mode="json"))
         if changed:
             run.add_event("drift_accepted", {"changes": changed})
@@ -134,30 +138,35 @@ def _check_unchanged(view: RunView, config: RunConfig) -> None:
 
 
 def _drive(run: Run, plan: Plan, pool: Pool, store: Store, listener: Listener, notice: Notice) -> RunView:
-    search = Search(run, plan, pool, listener)
+    search = Search(run, plan, pool, listener, notice)
     run.set_status("running")
     run.add_event("started", {"pid": os.getpid(), "workers": pool.state().workers})
     try:
         with _stopping(search, notice):
             finished = search.run()
+        reached("search_ended")
         run.release("finished" if finished else "stopped")
+        reached("run_released")
     except LostRunError:
         raise
     except KeyboardInterrupt:
         run.release("stopped")
         pool.close(kill=True)
-    except UserError as problem:
-        run.release("failed", str(problem))
+    except SystemExit:
+        run.release("stopped")
         raise
     except BaseException as problem:
-        run.release("failed", f"{type(problem).__name__}: {problem}")
+        text = str(problem) if isinstance(problem, UserError) else f"{type(problem).__name__}: {problem}"
+        # Where the store is at fault this fails too; what came first is what the user must know.
+        with contextlib.suppress(StoreError, LostRunError):
+            run.release("failed", text)
         raise
     return store.run(run.name)
 
 
 @contextmanager
 def _stopping(search: Search, notice: Notice) -> Iterator[None]:
-    """Stop after the running candidates at the first SIGINT or SIGTERM, at once at the second SIGINT."""
+    """Stop after the running candidates at the first SIGINT, SIGTERM or SIGHUP, at once at another SIGINT."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -169,7 +178,9 @@ def _stopping(search: Search, notice: Notice) -> Iterator[None]:
         search.stopping = True
         notice("stopping after the candidates that are running; Ctrl-C again stops at once")
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from evomerge.checkpoints.whole import write_whole
 from evomerge.errors import ConfigError
 from evomerge.recipe import SourceRef
 from evomerge.records import Genome, Role
@@ -63,7 +64,8 @@ class PopulationFile(StrictModel):
     def write(self, path: Path) -> None:
         """Write the file; ConfigError if it cannot be written."""
         try:
-            path.write_text(json.dumps(self.model_dump(mode="json", exclude_none=True)) + "\n")
+            text = json.dumps(self.model_dump(mode="json", exclude_none=True)) + "\n"
+            write_whole(path, text.encode())
         except OSError as problem:
             raise ConfigError(f"{path}: cannot be written ({problem.strerror})") from None
 

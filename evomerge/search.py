@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from evomerge.crew import Crew, Health
 from evomerge.errors import FitnessError
+from evomerge.faults import reached
 from evomerge.fitness.racing import Race, Races
 from evomerge.fitness.selection import finalists, kept_baselines, search_score, winner
 from evomerge.optimizers import Optimizer
@@ -25,12 +27,6 @@ from evomerge.workers.pool import Job, Pool
 
 HEARTBEAT_SECONDS = 10.0
 
-BROKEN_AFTER = 5
-"""Failures without a single success after which the evaluator counts as broken."""
-
-BROKEN_IN_A_ROW = 50
-"""Failures in a row after which it does so in spite of earlier successes."""
-
 
 class Search:
     """Drives one run.
@@ -40,26 +36,35 @@ class Search:
         plan: The run's plan.
         pool: Started workers.
         listener: Called after each outcome.
+        notice: Called with lines for people.
     """
 
     def __init__(
-        self, run: Run, plan: Plan, pool: Pool, listener: Callable[[Progress], None] = lambda progress: None
+        self,
+        run: Run,
+        plan: Plan,
+        pool: Pool,
+        listener: Callable[[Progress], None] = lambda progress: None,
+        notice: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._run, self._plan, self._pool, self._listener = run, plan, pool, listener
+        self._crew = Crew(run, pool, notice)
         self._candidates = {candidate.number: candidate for candidate in run.candidates()}
         known = run.outcomes(values=False)
         self._outcomes = {(outcome.candidate, outcome.documents): outcome for outcome in known}
         self._beat = self._started = time.monotonic()
-        self._ok = sum(outcome.score is not None for outcome in known)
-        self._failures = len(known) - self._ok
-        self._failed_in_a_row = 0
+        self._health = Health(known)
         self._told = 0
         self._phase, self._done, self._total = "", 0, 0
         self._best: float | None = None
         self._since_best = 0
         racing = plan.config.fitness.racing
         self._races = None if racing is None else Races(racing.rungs, racing.error)
-        self._notes = {event.data["note"] for event in run.events() if event.kind == "optimizer"}
+        self._notes = {
+            event.data.get("note", event.data.get("reason"))
+            for event in run.events()
+            if event.kind in ("optimizer", "optimizer_finished")
+        }
         self._recorded: set[str] = set()
         # What a callable does is not all in its file, so another run may have done something else.
         self._alike = run.alike() if plan.tasks is not None else []
@@ -68,8 +73,7 @@ class Search:
     def run(self) -> bool:
         """Go on to the end; return False if it was stopped before."""
         for key, ids in self._plan.document_sets().items():
-            self._run.add_document_set(key, ids)
-            self._recorded.add(key)
+            self._record_documents(key, ids)
         seeded = self._add_seeded()
         self._score("baselines", [(number, "search") for number in seeded])
         if not self.stopping:
@@ -98,6 +102,7 @@ class Search:
         number = len(self._candidates)
         candidate = Candidate(number, origin, generation, index, genome, recipe.to_json(), recipe.digest)
         self._run.add_candidate(candidate, self._told)
+        reached("candidate_recorded")
         self._candidates[number] = candidate
         return candidate
 
@@ -107,6 +112,7 @@ class Search:
         """Ask and tell until the budget is spent."""
         self._record_phase("search")
         optimizer, owed = self._resumed(seeded)
+        reached("replayed")
         budget = self._plan.config.budget
         self._total = budget.evaluations
         self._done = optimizer.asked - len(owed)
@@ -128,11 +134,12 @@ class Search:
             self._tell(optimizer, candidate, outcome)
 
         self._drive(source(), told)
-        if not self.stopping and optimizer.finished:
+        if not self.stopping and optimizer.finished and optimizer.finished not in self._notes:
             self._run.add_event("optimizer_finished", {"reason": optimizer.finished})
         return optimizer
 
     def _proposed(self, proposal: Proposal) -> tuple[int, str]:
+        reached("asked")
         recipe = self._plan.space.decode(proposal.genome)
         candidate = self._add(
             "optimizer",
@@ -148,19 +155,26 @@ class Search:
         resample = self._plan.config.fitness.resample
         documents = DocumentSet("search", None if resample is None else candidate.generation)
         if documents.key not in self._recorded and self._plan.tasks is not None:
-            self._run.add_document_set(documents.key, self._plan.tasks.documents(documents))
-            self._recorded.add(documents.key)
+            self._record_documents(documents.key, self._plan.tasks.documents(documents))
         return documents.key
+
+    def _record_documents(self, key: str, ids: Mapping[str, Sequence[int]]) -> None:
+        self._run.add_document_set(key, ids)
+        reached("documents_recorded")
+        self._recorded.add(key)
 
     def _tell(self, optimizer: Optimizer, candidate: Candidate, outcome: Outcome) -> None:
         if candidate.index is None:
             raise ValueError(f"candidate {candidate.number} was not proposed by the optimizer")
         optimizer.tell(candidate.index, outcome.score, outcome.values)
+        reached("optimizer_told")
         self._told += 1
         state = optimizer.state()
         snapshot = None if state is None else Snapshot(optimizer.asked, self._told, state)
-        self._run.tell([candidate.number], outcome.documents, snapshot)
+        # Before the tell: after it nothing would say a lost note again.
         self._add_notes(optimizer)
+        self._run.tell([candidate.number], outcome.documents, snapshot)
+        reached("tell_recorded")
         self._note_best(outcome)
 
     def _add_notes(self, optimizer: Optimizer) -> None:
@@ -254,10 +268,10 @@ class Search:
                 first = f"; the first failure: {reasons[0]}" if reasons else ""
                 raise FitnessError(f"no finalist could be scored on the select documents{first}")
             return
-        looks = sum(event.kind == "test_opened" for event in self._run.events())
-        known = {number for number, key in self._outcomes if key == "test"}
-        if best not in known:
-            self._run.add_event("test_opened", {"winner": best, "look": looks + 1})
+        looks = [event.data["winner"] for event in self._run.events() if event.kind == "test_opened"]
+        if best not in looks:
+            self._run.add_event("test_opened", {"winner": best, "look": len(looks) + 1})
+            reached("test_opened")
         self._score("test", [(number, "test") for number in [best, *(c.number for c in baselines)]])
 
     def _add_means(self, optimizer: Optimizer) -> list[int]:
@@ -310,6 +324,7 @@ class Search:
                     self._record(repeat, take)
                 else:
                     self._pool.submit(self._job(*pair))
+                    reached("submitted")
                     running += 1
             if exhausted and not running:
                 return
@@ -318,6 +333,7 @@ class Search:
             for outcome in self._pool.wait(1.0):
                 running -= 1
                 self._record(outcome, take)
+            self._crew.look()
             if time.monotonic() - self._beat > HEARTBEAT_SECONDS:
                 self._run.heartbeat()
                 self._beat = time.monotonic()
@@ -359,38 +375,26 @@ class Search:
         return None if found is None else replace(found, candidate=number, cost={})
 
     def _record(self, outcome: Outcome, take: Callable[[Outcome], None]) -> None:
+        reached("outcome_received")
         self._run.add_outcome(outcome, self._plan.fitness_digest)
+        reached("outcome_recorded")
         self._beat = time.monotonic()
         # Values of documents are read from the store when they are needed; here they would only pile up.
         self._outcomes[outcome.candidate, outcome.documents] = replace(outcome, values={})
         take(outcome)
         self._done += 1
-        ok = outcome.score is not None
-        self._ok += ok
-        self._failures += not ok
-        self._failed_in_a_row = self._failed_in_a_row + 1 if outcome.status == "failed" else 0
+        self._health.add(outcome)
         state = self._pool.state()
         self._listener(
             Progress(
-                self._phase,
-                self._done,
-                self._total,
-                self._best,
-                outcome.score,
-                self._failures,
-                state.workers,
-                state.deaths,
+                *(self._phase, self._done, self._total, self._best, outcome.score, self._health.failures),
+                *(state.workers, state.deaths),
             )
         )
-        broken = self._ok == 0 and self._failed_in_a_row >= BROKEN_AFTER
-        if broken or self._failed_in_a_row >= BROKEN_IN_A_ROW:
-            first = next(o for o in self._outcomes.values() if o.status == "failed")
-            raise FitnessError(
-                f"{self._failed_in_a_row} candidates in a row could not be scored, so the search was "
-                f"stopped; the first failure (candidate {first.candidate}): {first.reason}"
-            )
+        self._health.check()
 
     def _record_phase(self, phase: str) -> None:
         if phase != self._phase:
             self._phase = phase
             self._run.add_event("phase", {"phase": phase})
+            reached("phase_recorded")

@@ -13,6 +13,7 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,8 @@ class PrivatePostgres:
     def __init__(self) -> None:
         self._directory: Path | None = None
         self._server: subprocess.Popen[bytes] | None = None
+        self._command: list[str] = []
+        self._common: dict[str, Any] = {}
 
     def __enter__(self) -> str:
         initdb, postgres = _binary("initdb"), _binary("postgres")
@@ -63,6 +66,12 @@ class PrivatePostgres:
         )
         if made.returncode:
             _unavailable(f"initdb failed: {made.stderr.strip()[-500:]}")
+        self._command = [postgres, "-D", data, *self._options(home)]
+        self._common = common
+        self._run()
+
+    @staticmethod
+    def _options(home: str) -> list[str]:
         settings = {
             "listen_addresses": "",
             "unix_socket_directories": home,
@@ -71,14 +80,12 @@ class PrivatePostgres:
             "shared_buffers": "16MB",
             "max_connections": "60",
         }
-        options = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
-        with open(f"{home}/log", "wb") as log:
+        return [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
+
+    def _run(self) -> None:
+        with open(f"{self._directory}/log", "ab") as log:
             self._server = subprocess.Popen(
-                [postgres, "-D", data, *options],
-                stdout=log,
-                stderr=log,
-                preexec_fn=_end_with_parent,
-                **common,
+                self._command, stdout=log, stderr=log, preexec_fn=_end_with_parent, **self._common
             )
         self._wait_until_ready()
 
@@ -97,8 +104,17 @@ class PrivatePostgres:
             else:
                 return
 
+    def stop(self) -> None:
+        """Stop the server as a crash would."""
+        self._server.send_signal(signal.SIGQUIT)
+        self._server.wait(timeout=20)
+
+    def start(self) -> None:
+        """Start it again, over its data."""
+        self._run()
+
     def __exit__(self, *_error: object) -> None:
-        if self._server is not None:
+        if self._server is not None and self._server.poll() is None:
             # At once, because the data is thrown away.
             for way in (signal.SIGQUIT, signal.SIGKILL):
                 self._server.send_signal(way)

@@ -13,7 +13,7 @@ PACKAGE = Path(evomerge.__file__).parent
 LAYERS = (
     ("__main__", "cli", "demo"),
     ("drive", "evaluate", "soup"),
-    ("search", "progress", "plan", "config", "report", "sourcing", "population"),
+    ("search", "crew", "progress", "plan", "config", "report", "sourcing", "population"),
     ("workers",),
     ("merging", "fitness"),
     ("spaces", "optimizers", "store", "checkpoints"),
@@ -23,7 +23,7 @@ LAYERS = (
         *("mergekit", "mergekit_evolve", "mergekit_filters", "mergekit_methods", "mergekit_models"),
         *("mergekit_slices", "mergekit_tokens", "mergekit_writer"),
     ),
-    ("errors", "seeding"),
+    ("errors", "faults", "seeding"),
 )
 """From top to bottom; a part may import from its own layer and from those below it."""
 

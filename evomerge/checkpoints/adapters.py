@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from evomerge.checkpoints.files import broken, inside, one_line, read_json, show
 from evomerge.checkpoints.fingerprint import hash_files, sha256_text
 from evomerge.checkpoints.header import TensorInfo, read_header
+from evomerge.checkpoints.whole import partial_of, remove_stale, sync
 from evomerge.errors import UserError
 
 if TYPE_CHECKING:
@@ -258,16 +259,17 @@ def write_adapter(target: Path, config: Mapping[str, Any], tensors: Mapping[str,
     Raises:
         UserError: The target exists or cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from evomerge.checkpoints.writer import check_target
 
     check_target(target)
     final = target.absolute()
-    partial = final.with_name(f".{target.name}.partial-{os.getpid()}")
+    partial = partial_of(final)
     stored = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_stale(final)
         partial.mkdir()
         # safetensors reports a full disk in an error of its own, and not the reason.
         if sum(tensor.nbytes for tensor in stored.values()) > shutil.disk_usage(partial).free:
@@ -275,12 +277,12 @@ def write_adapter(target: Path, config: Mapping[str, Any], tensors: Mapping[str,
         save_file(stored, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
         for path in (partial / WEIGHTS, partial / CONFIG, partial):
-            _sync(path)
+            sync(path)
         check_target(target)
         os.rename(partial, final)
-        _sync(final.parent)
-    except OSError as error:
-        reason = error.strerror or str(error)
+        sync(final.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise UserError(one_line(f"{final}: cannot be written ({reason}); choose another folder")) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -293,14 +295,6 @@ def _state(file: Path) -> tuple[int, int, int]:
     except OSError:
         return (-1, -1, -1)
     return status.st_size, status.st_mtime_ns, status.st_ino
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_config(root: Path, config: Mapping[str, Any]) -> None:

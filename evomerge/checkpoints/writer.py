@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import json
 import math
 import os
-import platform
 import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +15,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-import psutil
 import torch
 
 from evomerge.checkpoints.files import one_line
 from evomerge.checkpoints.header import BITS
+from evomerge.checkpoints.whole import partial_of, remove_stale, sync
 from evomerge.errors import UserError
+from evomerge.faults import reached
 
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -86,7 +85,7 @@ class Writer:
         self._written: list[Path] = []
         with self._one_line():
             self._check_space()
-            _remove_stale(self._target)
+            remove_stale(self._target)
             self._folder.mkdir()
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -116,6 +115,7 @@ class Writer:
             shard.missing.discard(name)
             if not shard.missing:
                 self._close(shard)
+        reached("tensor_written")
 
     def add_json(self, name: str, data: Any) -> None:
         """Write a JSON file as transformers does (two spaces, sorted keys, newline at the end).
@@ -163,10 +163,12 @@ class Writer:
         check_target(self._target)
         with self._one_line():
             for path in self._written:
-                _sync(path)
-            _sync(self._folder)
+                sync(path)
+            sync(self._folder)
+            reached("export_written")
             os.rename(self._folder, self._target)
-            _sync(self._target.parent)
+            reached("exported")
+            sync(self._target.parent)
         return self._target
 
     def __enter__(self) -> Self:
@@ -227,19 +229,6 @@ class Writer:
         }
 
 
-def partial_of(target: Path) -> Path:
-    """Return the name under which this process writes a folder."""
-    return target.with_name(f".{target.name}.partial-{platform.node()}-{os.getpid()}")
-
-
-def _remove_stale(target: Path) -> None:
-    """Remove what killed processes of this machine left of the same target."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.partial-{glob.escape(platform.node())}-*"):
-        number = path.name.rpartition("-")[2]
-        if number.isdigit() and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def check_target(target: Path) -> None:
     """Check that a folder can be made at `target`.
 
@@ -293,11 +282,3 @@ def _shard(name: str, entries: Sequence[PlanEntry], metadata: Mapping[str, str])
 
 def _nbytes(entry: PlanEntry) -> int:
     return math.prod(entry[2]) * BITS[entry[1]] // 8
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 
 import typer
 
+from evomerge import faults
 from evomerge.cli import adapters, inspect, look, models, population, runs, soup
 from evomerge.errors import LostRunError, UserError
 
@@ -50,6 +52,16 @@ def _main(
 
 _INTERRUPTED = 130
 
+_SURROUNDINGS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space, or choose another disk"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "choose another place, or change its permissions"
+    ),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n)"),
+    errno.EIO: "check the disk",
+}
+"""Errors of the system that are not ours, and what the user can do."""
+
 
 def _ended(number: int, frame: object) -> None:
     """Leave as on Ctrl-C, so that half-written output is removed."""
@@ -63,6 +75,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _ended)
     try:
+        faults.arm(os.environ.get(faults.VARIABLE))
         app()
     except (UserError, LostRunError) as problem:
         print(f"evomerge: {problem}", file=sys.stderr)
@@ -77,3 +90,9 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as problem:
+        if problem.errno not in _SURROUNDINGS:
+            raise
+        where = f"{problem.filename}: " if problem.filename else ""
+        print(f"evomerge: {where}{problem.strerror}; {_SURROUNDINGS[problem.errno]}", file=sys.stderr)
+        sys.exit(2)

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -34,6 +34,13 @@ def print_json(data: Any) -> None:
     """Print data as JSON, the only thing on standard output."""
     json.dump(data, sys.stdout, indent=2, allow_nan=False, ensure_ascii=False)
     sys.stdout.write("\n")
+
+
+@contextmanager
+def _seen_or_not() -> Iterator[None]:
+    """Go on where a terminal or pipe is gone: a search must not end because nobody watches it."""
+    with suppress(OSError):
+        yield
 
 
 class Listener:
@@ -64,14 +71,20 @@ class Listener:
 
     def __exit__(self, *rest: object) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with _seen_or_not():
+                self._bar.stop()
 
     def notice(self, text: str) -> None:
         """Print a line for people."""
-        errors.print(text, markup=False)
+        with _seen_or_not():
+            errors.print(text, markup=False)
 
     def __call__(self, step: Step) -> None:
         """Show one step."""
+        with _seen_or_not():
+            self._show(step)
+
+    def _show(self, step: Step) -> None:
         now = time.monotonic()
         if step.phase != self._phase:
             self._phase, self._began = step.phase, (step.done - 1, now)

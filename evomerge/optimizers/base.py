@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evomerge.errors import ConfigError, EvomergeError
+from evomerge.errors import ConfigError, UserError
 from evomerge.records import Genome, Proposal, Value
 from evomerge.spaces.dimensions import Dimension, check_genome
 
@@ -24,7 +24,7 @@ HOPELESS = 50
 """A steady-state optimizer stops once this many outcomes came back and none of them has a score."""
 
 
-class StateError(EvomergeError):
+class StateError(UserError):
     """A snapshot or a recorded proposal is not what this optimizer would have made."""
 
 
@@ -120,8 +120,9 @@ class Optimizer(ABC):
             return
         if asked is None or not self._nearly(asked, proposal):
             raise StateError(
-                f"proposal {proposal.index} cannot be continued: the run recorded {proposal}, this optimizer "
-                f"proposes {asked}; another seed, setting, library version or processor gives other draws"
+                f"proposal {proposal.index} cannot be continued: the run recorded {_short(proposal)}, this "
+                f"optimizer proposes {_short(asked)}; another seed, setting, library version or processor "
+                "gives other draws"
             )
         note = "continued where numbers round differently than before: from here on not the same bit for bit"
         if note not in self._notes:
@@ -199,3 +200,12 @@ class SteadyOptimizer(Optimizer):
         self._failed += score is None
         hopeless = self._scored == 0 and self._failed >= HOPELESS
         self.finished = f"all of the first {self._failed} candidates failed" if hopeless else ""
+
+
+def _short(proposal: Proposal | None) -> str:
+    """Return the beginning of a proposal for a message."""
+    if proposal is None:
+        return "none"
+    genome = ", ".join(f"{value:.17g}" for value in proposal.genome[:3])
+    more = ", ..." if len(proposal.genome) > 3 else ""
+    return f"({genome}{more}) in generation {proposal.generation}"

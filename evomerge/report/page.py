@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from evomerge.checkpoints.files import one_line
+from evomerge.checkpoints.whole import write_whole
 from evomerge.errors import RecipeError, UserError
 from evomerge.recipe import Recipe, Rule, parse_recipe
 from evomerge.records import SPLITS
@@ -54,16 +54,9 @@ def write_report(run: RunView, target: Path) -> Path:
     if target.is_dir():
         raise UserError(one_line(f"{target}: it is a directory; give the name of a file"))
     page = render(run).encode("utf-8")
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
-        with partial.open("wb") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
+        write_whole(target, page)
     except OSError as problem:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         text = f"{target}: the report cannot be written ({problem.strerror}); choose another file"
         raise UserError(one_line(text)) from None
     return target

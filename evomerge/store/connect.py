@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 from sqlalchemy import URL, Connection, Engine, create_engine, event, insert, inspect, make_url, select, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 
 from evomerge.errors import StoreError
+from evomerge.faults import reached
 from evomerge.store.tables import META, METADATA, SCHEMA
+
+_log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 BUSY_SECONDS = 30.0
 """How long a writer waits for another writer before it gives up."""
@@ -31,6 +37,7 @@ _ADVICE = {
     "locked": f"another process has held it for over {BUSY_SECONDS:.0f} s: end that one, then resume",
     "busy": f"another process has held it for over {BUSY_SECONDS:.0f} s: end that one, then resume",
     "not a database": "this is no SQLite file: give another path",
+    "utf-8": "the file is damaged: restore it from a copy",
     "malformed": "the file is damaged: restore it from a copy",
     "full": "free some space, then resume; what was acknowledged is kept",
     "no space": "free some space, then resume; what was acknowledged is kept",
@@ -39,6 +46,52 @@ _ADVICE = {
     "unable to open": "make the file and its directory readable and writable",
     "connect": "check that the server runs, and host, port, user, password and database in the URL",
 }
+
+
+AWAY_SECONDS = 60.0
+"""How long a server may be away in the middle of a run."""
+
+_AWAY = ("08", "57P", "53300")
+"""How the SQL states begin of a server that ends connections, starts, stops, or has no place left."""
+
+
+class ConnectionLost(StoreError):
+    """The connection to the server broke; what was being committed may be there or not."""
+
+
+def _is_lost(error: Exception) -> bool:
+    cause = error.orig if isinstance(error, DBAPIError) else None
+    if cause is None or type(cause).__module__.partition(".")[0] != "psycopg":
+        return False
+    state = getattr(cause, "sqlstate", None)
+    # Without a state the server did not answer at all.
+    return isinstance(error, OperationalError) and (state is None or state.startswith(_AWAY))
+
+
+def insist(work: Callable[[], Result], done: Callable[[], bool] = lambda: False) -> Result | None:
+    """Do something with a store, again while its server is away.
+
+    Args:
+        work: What to do; one transaction.
+        done: Says whether a lost transaction was committed all the same; then None is returned.
+
+    Raises:
+        StoreError: The server stayed away.
+    """
+    deadline, pause = 0.0, 0.05
+    while True:
+        try:
+            return None if deadline and done() else work()
+        except ConnectionLost as problem:
+            moment = time.monotonic()
+            if not deadline:
+                deadline = moment + AWAY_SECONDS
+                _log.warning("%s; trying again for %.0f s", problem, AWAY_SECONDS)
+            if moment > deadline:
+                away = f"the server was away for {AWAY_SECONDS:.0f} s: start it, then resume"
+                raise StoreError(f"{problem}; {away}") from problem
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
 
 
 def locate(url: str | Path) -> URL:
@@ -85,8 +138,10 @@ def translated(url: URL) -> Iterator[None]:
     """Turn a database error inside the block into a StoreError of one line that names the store."""
     try:
         yield
-    except (SQLAlchemyError, sqlite3.Error) as error:
-        raise StoreError(f"store {shown(url)}: {_one_line(error, url)}") from error
+    # SQLite quotes a damaged schema in its messages, whatever bytes that has.
+    except (SQLAlchemyError, sqlite3.Error, UnicodeDecodeError) as error:
+        kind = ConnectionLost if _is_lost(error) else StoreError
+        raise kind(f"store {shown(url)}: {_one_line(error, url)}") from error
 
 
 def _one_line(error: Exception, url: URL) -> str:
@@ -162,6 +217,7 @@ def prepare(reader: Engine, writer: Engine, *, create: bool) -> None:
         if not _has_tables(connection):
             METADATA.create_all(connection)
             connection.execute(insert(META).values(key="schema_version", value=str(SCHEMA)))
+            reached("tables_made")
 
 
 def lock(connection: Connection) -> None:

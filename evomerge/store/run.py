@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy import Connection, Row, bindparam, delete, exists, func, insert, select, update
 
 from evomerge.errors import LostRunError, StoreError
+from evomerge.faults import reached
 from evomerge.records import Candidate, DocumentSet, Outcome
+from evomerge.store.connect import insist
 from evomerge.store.tables import (
     CANDIDATES,
     DOCUMENT_SETS,
@@ -27,9 +31,23 @@ from evomerge.store.view import RunView, Snapshot, snapshot_digest
 if TYPE_CHECKING:
     from evomerge.store.store import Store
 
+Write = TypeVar("Write", bound=Callable[..., None])
+
 STATUSES = ("running", "stopped", "failed", "finished")
 
 SNAPSHOTS_KEPT = 3
+
+
+def _insisting(method: Write) -> Write:
+    """Repeat a write that the connection broke under, unless it was committed."""
+
+    @wraps(method)
+    def insisting(self: Run, *given: Any, **named: Any) -> None:
+        with self._lock:
+            self._beat = None
+            insist(lambda: method(self, *given, **named), self._was_committed)
+
+    return cast(Write, insisting)
 
 
 class Run(RunView):
@@ -44,11 +62,14 @@ class Run(RunView):
         """Make it from a row of `RUN_ROW` that was read in the transaction that took the run."""
         super().__init__(store, row)
         self._held: int = row.epoch
+        self._beat: float | None = None
+        self._lock = threading.RLock()
 
     def add_candidate(self, candidate: Candidate, told_before: int) -> None:
         """Record one candidate, see `add_candidates`."""
         self.add_candidates([(candidate, told_before)])
 
+    @_insisting
     def add_candidates(self, batch: Sequence[tuple[Candidate, int]]) -> None:
         """Record candidates, all or none.
 
@@ -75,7 +96,9 @@ class Run(RunView):
                     f" got {numbers[:5]}"
                 )
             connection.execute(insert(CANDIDATES), rows)
+            reached("candidate_written")
 
+    @_insisting
     def add_outcome(self, outcome: Outcome, fitness_digest: str) -> None:
         """Record an outcome.
 
@@ -100,7 +123,9 @@ class Run(RunView):
             tally = {"run_id": self._id, "split": row["split"], "status": row["status"]}
             if not connection.execute(_COUNT_ONE_MORE, {f"at_{k}": v for k, v in tally.items()}).rowcount:
                 connection.execute(insert(TALLIES), {**tally, "number": 1})
+            reached("outcome_written")
 
+    @_insisting
     def tell(self, numbers: Sequence[int], documents: str, snapshot: Snapshot | None = None) -> None:
         """Record that the optimizer was told outcomes, and its state after that, both or neither.
 
@@ -119,11 +144,14 @@ class Run(RunView):
             ).scalar_one()
             if numbers:
                 self._mark_told(connection, numbers, documents, before)
+            reached("tell_written")
             if snapshot is not None:
                 if snapshot.told != before + len(numbers):
                     raise ValueError(f"snapshot.told is {snapshot.told}, expected {before + len(numbers)}")
                 self._add_snapshot(connection, snapshot)
+                reached("snapshot_written")
 
+    @_insisting
     def add_document_set(self, key: str, ids: Mapping[str, Sequence[int]]) -> None:
         """Record which documents a set holds; recording the same again is no error.
 
@@ -149,6 +177,7 @@ class Run(RunView):
                     " restore the tasks' data, or start a new run"
                 )
 
+    @_insisting
     def set_status(self, status: str, error: str = "") -> None:
         """Set the status (`running`, `stopped`, `failed`, `finished`) and why it failed."""
         _check_status(status)
@@ -156,18 +185,21 @@ class Run(RunView):
             pass
         self.status, self.error = status, error
 
+    @_insisting
     def set_config(self, config: Mapping[str, Any]) -> None:
         """Replace the config, for a resume with, say, a larger budget."""
         with self._writing(updated=now(), config=pack(dict(config), "the config")):
             pass
         self.config = dict(config)
 
+    @_insisting
     def set_facts(self, facts: Mapping[str, Any]) -> None:
         """Replace the facts, for a resume on inputs whose change the user accepted."""
         with self._writing(updated=now(), facts=pack(dict(facts), "the facts")):
             pass
         self.facts = dict(facts)
 
+    @_insisting
     def add_event(self, kind: str, data: Mapping[str, Any]) -> None:
         """Append an event."""
         text = pack(dict(data), f'event "{kind}"')
@@ -181,11 +213,13 @@ class Run(RunView):
                 insert(EVENTS).values(run_id=self._id, id=following, at=now(), kind=kind, data=text)
             )
 
+    @_insisting
     def heartbeat(self) -> None:
         """Show that the driver is alive; due every few seconds while nothing else is written."""
         with self._writing():
             pass
 
+    @_insisting
     def release(self, status: str, error: str = "") -> None:
         """Set the status and stop being the driver; the handle can only read from now on."""
         _check_status(status)
@@ -197,14 +231,25 @@ class Run(RunView):
     def _writing(self, **changes: Any) -> Iterator[Connection]:
         """Open a transaction that holds the run's row, so that no driver can take it before it ends."""
         with self._store.writing() as connection:
-            held = connection.execute(
+            beat = connection.execute(
                 update(RUNS)
                 .where(RUNS.c.id == self._id, RUNS.c.epoch == self._held, RUNS.c.owner.is_not(None))
                 .values(heartbeat=now(), **changes)
-            )
-            if held.rowcount != 1:
+                .returning(RUNS.c.heartbeat)
+            ).scalar_one_or_none()
+            if beat is None:
                 raise self._refusal(connection)
+            self._beat = beat
             yield connection
+
+    def _was_committed(self) -> bool:
+        """Return whether the last transaction is there: only the driver moves its run's heartbeat."""
+        if self._beat is None:
+            return False
+        query = select(RUNS.c.heartbeat).where(RUNS.c.id == self._id, RUNS.c.epoch == self._held)
+        with self._store.writing() as connection:
+            # Waits for the transaction itself, should the server still be at it.
+            return connection.execute(query.with_for_update()).scalar_one_or_none() == self._beat
 
     def _refusal(self, connection: Connection) -> Exception:
         current = connection.execute(select(RUNS.c.epoch).where(RUNS.c.id == self._id)).scalar_one_or_none()
@@ -214,8 +259,7 @@ class Run(RunView):
 
     def _candidate_row(self, candidate: Candidate, told_before: int) -> dict[str, Any]:
         what = f'run "{self.name}": candidate {candidate.number}'
-        return {
-            "run_id": self._id,
+        row = {
             "number": candidate.number,
             "origin": candidate.origin,
             "generation": candidate.generation,
@@ -223,8 +267,9 @@ class Run(RunView):
             "told_before": told_before,
             "digest": candidate.digest,
             "genome": None if candidate.genome is None else pack(candidate.genome, f"{what}: its genome"),
-            "recipe": pack(dict(candidate.recipe), f"{what}: its recipe"),
         }
+        recipe = pack(dict(candidate.recipe), f"{what}: its recipe", *row.values())
+        return {"run_id": self._id, **row, "recipe": recipe}
 
     def _outcome_row(self, outcome: Outcome, fitness_digest: str) -> dict[str, Any]:
         what = f'run "{self.name}": outcome of candidate {outcome.candidate} on "{outcome.documents}"'
@@ -240,7 +285,7 @@ class Run(RunView):
             "fitness": fitness_digest,
             "told": None,
             "epoch": self._held,
-            "record": pack(record, what),
+            "record": pack(record, what, outcome.candidate, outcome.documents, fitness_digest),
             "document_values": squeeze(values, f"{what}: its values"),
         }
 

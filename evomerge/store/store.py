@@ -8,15 +8,16 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from sqlalchemy import Connection, Engine, insert, select, update
 
 from evomerge.errors import StoreError, nearest
-from evomerge.store.connect import locate, lock, make_engine, prepare, shown, translated
+from evomerge.faults import reached
+from evomerge.store.connect import insist, locate, lock, make_engine, prepare, shown, translated
 from evomerge.store.owner import LEASE_SECONDS, Owner
 from evomerge.store.run import Run
-from evomerge.store.tables import RUNS, now, pack
+from evomerge.store.tables import RUNS, intact, now, pack
 from evomerge.store.view import RUN_ROW, RunView
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -100,6 +101,7 @@ class Store:
                     " or give another name"
                 )
             connection.execute(insert(RUNS).values(**row, heartbeat=now(), created=now(), updated=now()))
+            reached("run_written")
             return Run(self, connection.execute(RUN_ROW.where(RUNS.c.name == name)).one())
 
     def take_run(self, name: str) -> Run:
@@ -115,7 +117,8 @@ class Store:
             row = connection.execute(RUN_ROW.where(RUNS.c.name == name).with_for_update()).one_or_none()
             if row is None:
                 raise self._unknown(connection, name)
-            here, owner = Owner.here(), Owner.of_json(row.owner)
+            with intact(f'run "{name}": its owner'):
+                here, owner = Owner.here(), Owner.of_json(row.owner)
             if owner is not None and owner != here and owner.alive(row.silence):
                 raise StoreError(
                     f'run "{name}" is driven by {owner}, which wrote {max(row.silence, 0.0):.0f} s ago;'
@@ -137,11 +140,15 @@ class Store:
 
     def run(self, name: str) -> RunView:
         """Return a run to read; StoreError if there is none of that name."""
-        with self.reading() as connection:
-            row = connection.execute(RUN_ROW.where(RUNS.c.name == name)).one_or_none()
-            if row is None:
-                raise self._unknown(connection, name)
-        return RunView(self, row)
+
+        def fetch() -> RunView:
+            with self.reading() as connection:
+                row = connection.execute(RUN_ROW.where(RUNS.c.name == name)).one_or_none()
+                if row is None:
+                    raise self._unknown(connection, name)
+            return RunView(self, row)
+
+        return cast(RunView, insist(fetch))
 
     def runs(self) -> list[RunView]:
         """Return all runs to read, oldest first."""

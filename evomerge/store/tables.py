@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import (
@@ -23,7 +25,7 @@ from sqlalchemy.sql.expression import FunctionElement
 
 from evomerge.errors import StoreError
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the tables below; a store of another version is refused."""
 
 METADATA = MetaData()
@@ -141,30 +143,55 @@ def _postgres_now(_element: now, _compiler: Any, **_kw: Any) -> str:
     return "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
 
 
-def pack(data: Any, what: str) -> str:
-    """Return `data` as JSON text; floats come back from `unpack` bit for bit.
+@contextmanager
+def intact(what: str) -> Iterator[None]:
+    """Turn what a value of a wrong kind causes inside the block into a StoreError that names `what`."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StoreError(f"{what} is damaged in the store: {error}; restore the store from a copy") from None
+
+
+def pack(data: Any, what: str, *beside: object) -> str:
+    """Return `data` as JSON text and a checksum; floats come back from `unpack` bit for bit.
+
+    Args:
+        data: What goes into the column.
+        what: Its name in messages.
+        beside: Values of other columns of the row that the checksum covers too.
 
     Raises:
         StoreError: `data` is no JSON data, or holds a number that is not finite. Names `what`.
     """
     try:
-        return json.dumps(data, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+        return f"{text}{_MARK}{_checksum(text, beside)}"
     except (ValueError, TypeError, RecursionError) as error:
         raise StoreError(
             f"{what} cannot be stored: {error}; expected JSON data with finite numbers"
         ) from None
 
 
-def unpack(text: str, what: str) -> Any:
+def unpack(text: str, what: str, *beside: object) -> Any:
     """Return what `pack` wrote.
 
     Raises:
-        StoreError: The text is damaged. Names `what`.
+        StoreError: The text, or what stood beside it, is damaged. Names `what`.
     """
     try:
-        return json.loads(text)
-    except ValueError as error:
+        plain, _, checksum = str(text).rpartition(_MARK)
+        if checksum != _checksum(plain, beside):
+            raise ValueError("its checksum differs")
+        return json.loads(plain)
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{what} is damaged in the store: {error}; restore the store from a copy") from None
+
+
+_MARK = "\n#"
+
+
+def _checksum(text: str, beside: tuple[object, ...]) -> str:
+    return f"{zlib.crc32(repr((text, *beside)).encode('utf-8', 'surrogatepass')):08x}"
 
 
 def squeeze(data: Any, what: str) -> bytes:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import ColumnElement, Row, Select, and_, func, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, func, select
 
 from evomerge.errors import StoreError
 from evomerge.records import Candidate, Outcome
+from evomerge.store.connect import Result, insist
 from evomerge.store.owner import Owner
 from evomerge.store.tables import (
     CANDIDATES,
@@ -21,6 +22,7 @@ from evomerge.store.tables import (
     RUNS,
     SNAPSHOTS,
     TALLIES,
+    intact,
     now,
     unpack,
     unsqueeze,
@@ -139,8 +141,9 @@ class RunView:
         self.created: float = row.created
         self.updated: float = row.updated
         self.error: str = unpack(row.error, f'run "{row.name}": its error')
-        self.owner = Owner.of_json(row.owner)
-        self.owner_alive = self.owner is not None and self.owner.alive(row.silence)
+        with intact(f'run "{row.name}": its owner'):
+            self.owner = Owner.of_json(row.owner)
+            self.owner_alive = self.owner is not None and self.owner.alive(row.silence)
 
     def candidates(self) -> list[Candidate]:
         """Return all candidates by number."""
@@ -236,9 +239,13 @@ class RunView:
             .join_from(OUTCOMES, CANDIDATES, _SAME_CANDIDATE)
             .order_by(OUTCOMES.c.candidate, OUTCOMES.c.documents)
         )
-        with self._store.reading() as connection:
-            asked_rows, told_rows, waiting_rows = (
-                connection.execute(query).all() for query in (asks, tells, waits)
+        asked_rows, told_rows, waiting_rows = self._read(
+            lambda connection: [connection.execute(query).all() for query in (asks, tells, waits)]
+        )
+        if [row.told for row in told_rows] != list(range(told, told + len(told_rows))):
+            raise StoreError(
+                f'run "{self.name}": the order of its outcomes is damaged in the store; '
+                "restore the store from a copy"
             )
         return Log(
             tuple(Asked(self._candidate(row), row.told_before) for row in asked_rows),
@@ -261,8 +268,9 @@ class RunView:
         query = select(SNAPSHOTS).where(SNAPSHOTS.c.run_id == self._id).order_by(SNAPSHOTS.c.sequence.desc())
         for row in self._rows(query):
             try:
-                if snapshot_digest(row.asked, row.told, row.state) != row.sha256:
-                    raise StoreError("its checksum differs")
+                with intact("it"):
+                    if snapshot_digest(row.asked, row.told, row.state) != row.sha256:
+                        raise StoreError("its checksum differs")
                 return Snapshot(row.asked, row.told, unsqueeze(row.state, "its state"))
             except StoreError as error:
                 self._snapshot_damaged(row.sequence, str(error))
@@ -297,20 +305,32 @@ class RunView:
         return Counts(0 if last is None else last + 1, outcomes, candidate, score)
 
     def _rows(self, query: Select[Any]) -> list[Row[Any]]:
-        with self._store.reading() as connection:
-            return list(connection.execute(query).all())
+        return self._read(lambda connection: list(connection.execute(query).all()))
+
+    def _read(self, look: Callable[[Connection], Result]) -> Result:
+        """Read as of one moment, again if the connection breaks."""
+
+        def once() -> Result:
+            with self._store.reading() as connection:
+                return look(connection)
+
+        return cast(Result, insist(once))
 
     def _candidate(self, row: Row[Any]) -> Candidate:
         what = f'run "{self.name}": candidate {row.number}'
-        genome = None if row.genome is None else tuple(unpack(row.genome, what))
-        recipe = unpack(row.recipe, what)
-        return Candidate(row.number, row.origin, row.generation, row.idx, genome, recipe, row.digest)
+        with intact(what):
+            genome = None if row.genome is None else tuple(unpack(row.genome, what))
+        beside = (row.number, row.origin, row.generation, row.idx, row.told_before, row.digest, row.genome)
+        recipe = unpack(row.recipe, what, *beside)
+        with intact(what):
+            return Candidate(row.number, row.origin, row.generation, row.idx, genome, recipe, row.digest)
 
     def _outcome(self, row: Row[Any]) -> Outcome:
         what = f'run "{self.name}": an outcome'
-        record = unpack(row.record, what)
+        record = unpack(row.record, what, row.candidate, row.documents, row.fitness)
         values = unsqueeze(row.document_values, what) if "document_values" in row._fields else {}
-        return Outcome.from_json({**record, "values": values})
+        with intact(what):
+            return Outcome.from_json({**record, "values": values})
 
 
 def snapshot_digest(asked: int, told: int, state: bytes) -> str:
@@ -319,7 +339,9 @@ def snapshot_digest(asked: int, told: int, state: bytes) -> str:
 
 
 def _outcomes(*where: ColumnElement[bool], values: bool = True) -> Select[Any]:
-    columns = [OUTCOMES.c.record, OUTCOMES.c.document_values] if values else [OUTCOMES.c.record]
+    columns = [OUTCOMES.c[name] for name in ("candidate", "documents", "fitness", "told", "record")]
+    if values:
+        columns.append(OUTCOMES.c.document_values)
     return select(*columns).where(*where)
 
 

@@ -36,11 +36,19 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """What a pool has at the moment: workers up, jobs running, worker deaths so far."""
+    """What a pool has at the moment.
+
+    Attributes:
+        workers: Workers that are up.
+        running: Jobs that they work on.
+        deaths: Workers lost so far.
+        loss: Why the last of them was.
+    """
 
     workers: int
     running: int
     deaths: int
+    loss: str = ""
 
 
 class Pool(ABC):
@@ -80,7 +88,11 @@ class Pool(ABC):
         """Stop the workers; `kill`: without letting them finish. May be called twice."""
 
     def __enter__(self) -> Pool:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.close(kill=True)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:

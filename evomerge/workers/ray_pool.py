@@ -8,19 +8,18 @@ a running method. The pool grows to `count` workers as the cluster has room for 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import shutil
-import tempfile
 import time
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from evomerge.errors import UserError
 from evomerge.records import Outcome
 from evomerge.workers.pool import Job, Pool, PoolState, lost
+from evomerge.workers.ray_head import RayHead
 from evomerge.workers.settings import WorkerSettings, WorkerSpec
 
 START_SECONDS = 600.0
@@ -28,13 +27,14 @@ START_SECONDS = 600.0
 
 START_ATTEMPTS = 3
 
-FOLDERS = Path("/tmp")  # noqa: S108
-"""Where our own Ray keeps its sockets, whose paths may have at most 107 characters."""
-
-FOLDER_PREFIX = "evomerge-ray-"
+RAY_STARTS = 3
+"""How often our own Ray is started anew without a single outcome in between."""
 
 GROW_SECONDS = 0.5
 """Least time between looks at whether the cluster has room for more workers."""
+
+COUNT_SECONDS = 5.0
+"""Least time between looks at how many workers a cluster could hold in all."""
 
 
 @dataclass(slots=True)
@@ -46,6 +46,7 @@ class _Slot:
     job: Job | None
     attempts: int
     deadline: float
+    process: psutil.Process | None = None
 
 
 class RayPool(Pool):
@@ -62,17 +63,20 @@ class RayPool(Pool):
         self._slots: list[_Slot] = []
         self._jobs: deque[tuple[Job, int]] = deque()
         self._deaths = 0
+        self._loss = ""
         self._start_failures = 0
-        self._folder: str | None = None
+        self._head = RayHead(settings.ray_address)
+        self._restarts = 0
         self._ray: Any = None
         self._wanted = 0
         self._needs: dict[str, float] = {}
         self._options: dict[str, Any] = {}
-        self._grown = 0.0
+        self._grown = self._counted = 0.0
 
     def start(self) -> None:
         """Connect to the cluster, or start one here, and start the workers."""
-        self._ray = self._connect()
+        self._head.connect()
+        self._ray = self._head.ray
         total = self._ray.cluster_resources()
         settings = self._settings
         gpus = settings.gpus
@@ -117,30 +121,9 @@ class RayPool(Pool):
             **passed,
         }
 
-    def _connect(self) -> Any:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        import ray
-
-        if ray.is_initialized():
-            return ray
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if self._settings.ray_address:
-            try:
-                ray.init(address=self._settings.ray_address, **quiet)
-            except (ConnectionError, ValueError, RuntimeError) as problem:
-                text = (str(problem).splitlines() or [""])[0]
-                raise UserError(
-                    f"workers.ray_address: {self._settings.ray_address}: cannot connect: {text}"
-                ) from None
-            return ray
-        _sweep()
-        self._folder = tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-", dir=FOLDERS)
-        ray.init(address="local", include_dashboard=False, _temp_dir=self._folder, **quiet)
-        return ray
-
     def _grow(self) -> None:
         """Start actors up to the wanted number as far as the cluster has room for them now."""
+        self._count()
         missing = self._wanted - len(self._slots)
         if missing <= 0 or time.monotonic() - self._grown < GROW_SECONDS:
             return
@@ -149,6 +132,14 @@ class RayPool(Pool):
         for _ in range(min(missing, self._room(self._ray.available_resources()))):
             actor = remote.options(**self._options).remote(self._spec.model_dump(mode="json"))
             self._slots.append(_Slot(actor, actor.ready.remote(), None, 0, time.monotonic() + START_SECONDS))
+
+    def _count(self) -> None:
+        """Want more workers where the number is open and the cluster has grown."""
+        now = time.monotonic()
+        if self._settings.count != "auto" or self._head.own or now - self._counted < COUNT_SECONDS:
+            return
+        self._counted = now
+        self._wanted = max(self._wanted, self._room(self._ray.cluster_resources()))
 
     def _await_first(self) -> None:
         """Wait until a worker is up, so that a source or task that cannot be loaded stops the run at once."""
@@ -195,6 +186,7 @@ class RayPool(Pool):
 
     def _collect(self, timeout: float) -> list[Outcome]:
         """Take in what is ready, replace workers that died or hang, and start waiting jobs."""
+        self._check_head()
         pending = {slot.pending: slot for slot in self._slots if slot.pending is not None}
         outcomes: list[Outcome] = []
         if pending:
@@ -204,12 +196,38 @@ class RayPool(Pool):
                 outcomes += self._take(pending[reference])
         elif timeout:
             time.sleep(min(timeout, 0.05))
+        self._restarts = 0 if outcomes else self._restarts
         now = time.monotonic()
         for slot in [s for s in self._slots if s.pending is not None and now > s.deadline]:
             outcomes += self._lose(slot, "the worker gave no answer within its deadline")
         self._grow()
         self._dispatch()
         return outcomes
+
+    def _check_head(self) -> None:
+        """Start our own Ray again if it is gone; jobs that were under way are tried again.
+
+        Raises:
+            UserError: A cluster is gone, or ours dies again and again.
+        """
+        why = self._head.gone()
+        if not why:
+            return
+        own, slots = self._head.own, self._slots
+        self._deaths += len(slots)
+        self._loss = f"Ray is gone: {why}"
+        self._slots = []
+        self._restarts += 1
+        if not own or self._restarts > RAY_STARTS:
+            self.close(kill=True)
+            what = "start it again, then resume" if not own else "look into the machine's memory, then resume"
+            raise UserError(f"workers: Ray is gone ({why}); {what}")
+        self._jobs.extendleft((slot.job, slot.attempts) for slot in slots if slot.job is not None)
+        self._head.stop()
+        self._head.connect()
+        for slot in slots:
+            _end(slot.process)
+        self._grown = 0.0
 
     def _take(self, slot: _Slot) -> list[Outcome]:
         from ray.exceptions import RayError, RayTaskError
@@ -225,9 +243,11 @@ class RayPool(Pool):
             return self._lose(slot, f"the worker died: {_first_line(problem)}")
         job, slot.job, slot.pending = slot.job, None, None
         if job is None:
-            if answer:
+            refusal, pid = answer
+            if refusal:
                 self.close(kill=True)
-                raise UserError(str(answer))
+                raise UserError(str(refusal))
+            slot.process = _process(pid) if self._head.own else None
             self._start_failures = 0
             return []
         outcome: Outcome = answer
@@ -240,7 +260,9 @@ class RayPool(Pool):
     def _lose(self, slot: _Slot, reason: str) -> list[Outcome]:
         """Give up a worker; its job goes back to the queue while it has tries left."""
         self._deaths += 1
+        self._loss = reason
         self._slots.remove(slot)
+        _end(slot.process)
         with contextlib.suppress(Exception):
             self._ray.kill(slot.actor)
         if slot.job is None:
@@ -257,7 +279,8 @@ class RayPool(Pool):
     def state(self) -> PoolState:
         """Return workers that are up, jobs that run, and deaths so far."""
         up = sum(slot.pending is None or slot.job is not None for slot in self._slots)
-        return PoolState(workers=up, running=sum(s.job is not None for s in self._slots), deaths=self._deaths)
+        running = sum(slot.job is not None for slot in self._slots)
+        return PoolState(workers=up, running=running, deaths=self._deaths, loss=self._loss)
 
     def close(self, *, kill: bool = False) -> None:
         """Kill the actors and, if it is ours, stop Ray."""
@@ -266,10 +289,7 @@ class RayPool(Pool):
         for slot in slots:
             with contextlib.suppress(Exception):
                 self._ray.kill(slot.actor)
-        if self._folder is not None:
-            self._ray.shutdown()
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        self._head.stop()
 
 
 class _Actor:
@@ -279,8 +299,8 @@ class _Actor:
         self._spec = spec
         self._worker: Any = None
 
-    def ready(self) -> str:
-        """Load the worker; return what the user must mend, or nothing."""
+    def ready(self) -> tuple[str, int]:
+        """Load the worker; return what the user must mend, or nothing, and the process id."""
         from evomerge.errors import UserError
         from evomerge.workers.settings import WorkerSpec
         from evomerge.workers.worker import Worker
@@ -288,8 +308,8 @@ class _Actor:
         try:
             self._worker = Worker(WorkerSpec.model_validate(self._spec))
         except UserError as problem:
-            return str(problem)
-        return ""
+            return str(problem), os.getpid()
+        return "", os.getpid()
 
     def run(self, job: Job) -> Outcome:
         """Build and score one candidate."""
@@ -297,12 +317,18 @@ class _Actor:
         return outcome
 
 
-def _sweep() -> None:
-    """Remove what drivers that were killed left behind."""
-    for folder in FOLDERS.glob(f"{FOLDER_PREFIX}*-*"):
-        pid = folder.name.removeprefix(FOLDER_PREFIX).partition("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+def _process(pid: int) -> psutil.Process | None:
+    try:
+        return psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _end(process: psutil.Process | None) -> None:
+    """Kill a worker on this machine; Ray takes seconds for a frozen one, and for ever without its head."""
+    if process is not None:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def _first_line(problem: BaseException) -> str:

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from evomerge.checkpoints.source import Checkpoint
 from evomerge.checkpoints.vocabulary import TargetVocabulary
-from evomerge.checkpoints.writer import Writer, check_target, partial_of
+from evomerge.checkpoints.whole import partial_of
+from evomerge.checkpoints.writer import Writer, check_target
 from evomerge.errors import UserError
 from tests.checkpoints.tiny import FAMILIES, make_llama, make_model
 

@@ -7,16 +7,18 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from evomerge.errors import StoreError
 from evomerge.records import Candidate, Outcome, TaskScore
 from evomerge.store import Run, Snapshot, Store
+from evomerge.store.connect import ConnectionLost
 from evomerge.store.tables import METADATA
 from tests.store.processes import make_candidate, make_outcome
 
@@ -126,6 +128,40 @@ class StoreContract:
                 write(run)
         assert dump(store) == before
         assert run.candidates() == []
+
+    @pytest.mark.parametrize("name", WRITES)
+    @pytest.mark.parametrize("committed", [True, False])
+    def test_a_write_that_the_connection_broke_under_is_done_once(
+        self, store: Store, run: Run, name: str, committed: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        twin = store.create_run("twin", {"budget": 1}, {"fingerprint": "a"})
+        for one in (run, twin):
+            one.add_candidate(make_candidate(0), 0)
+            one.add_outcome(make_outcome(0), "f")
+        WRITES[name](twin)
+        whole, broken = store.writing, []
+
+        @contextmanager
+        def breaking() -> Iterator[Connection]:
+            with whole() as connection:
+                yield connection
+                if not broken and not committed:
+                    broken.append(1)
+                    raise ConnectionLost("gone")
+            if not broken:
+                broken.append(1)
+                raise ConnectionLost("gone")
+
+        monkeypatch.setattr(store, "writing", breaking)
+        WRITES[name](run)
+        assert broken
+        assert (run.candidates(), run.outcomes(), run.log()) == (
+            twin.candidates(),
+            twin.outcomes(),
+            twin.log(),
+        )
+        assert [event.kind for event in run.events()] == [event.kind for event in twin.events()]
+        assert run.latest_snapshot() == twin.latest_snapshot()
 
     # Candidates and outcomes
 
@@ -373,7 +409,7 @@ class StoreContract:
 
     def test_a_store_of_another_version_is_refused(self, store: Store, url: str) -> None:
         sql(store, "UPDATE meta SET value = '99'")
-        with pytest.raises(StoreError, match="its schema is version 99, this evomerge reads version 1"):
+        with pytest.raises(StoreError, match="its schema is version 99, this evomerge reads version 2"):
             Store.open(url)
 
     def test_tables_of_another_program_are_left_alone(self, store: Store, url: str) -> None:
