@@ -54,12 +54,6 @@ def book(request: pytest.FixtureRequest) -> Book:
 
 
 @pytest.fixture(scope="session")
-def long(request: pytest.FixtureRequest) -> bool:
-    """Whether the full form was asked for."""
-    return bool(request.config.getoption("--long"))
-
-
-@pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A world whose files no test changes."""
     return make_fault_world(tmp_path_factory.mktemp("faults"))
