@@ -13,7 +13,8 @@ EvomergeError
 └── LostRunError         another driver has taken the run over; this one must stop writing
 ```
 
-Messages say what, where, expected, got, and what to do, in one line.
+Messages say what, where, expected, got, and what to do, in one line. They quote what others wrote, so
+whatever they are made of, they end up short and printable.
 """
 
 from __future__ import annotations
@@ -21,9 +22,38 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MOST_CHARACTERS = 1200
+"""Longest message; a longer one loses its middle."""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return a text in which every character can be printed and moves nothing on a terminal.
+
+    Line breaks, control characters, what turns the direction of writing, and halves of characters become
+    backslash escapes, but for those in `keep`.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() or letter in keep else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def one_line(text: str) -> str:
+    """Return a text as one line in which every character can be printed; white space becomes one blank."""
+    return printable(" ".join(text.split()))
+
 
 class EvomergeError(Exception):
-    """Any error raised on purpose by evomerge."""
+    """Any error raised on purpose by evomerge; its message is one printable line."""
+
+    def __init__(self, message: object = "") -> None:
+        line = one_line(str(message))
+        if len(line) > MOST_CHARACTERS:
+            half = MOST_CHARACTERS // 2 - 10
+            line = f"{line[:half]} [...] {line[-half:]}"
+        super().__init__(line)
 
 
 class UserError(EvomergeError):

@@ -13,7 +13,6 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from evomerge.checkpoints.files import one_line
 from evomerge.errors import RecipeError, UserError
 from evomerge.recipe import Recipe, Rule, parse_recipe
 from evomerge.records import SPLITS
@@ -52,7 +51,7 @@ def write_report(run: RunView, target: Path) -> Path:
         UserError: The file cannot be written, or the store cannot be read.
     """
     if target.is_dir():
-        raise UserError(one_line(f"{target}: it is a directory; give the name of a file"))
+        raise UserError(f"{target}: it is a directory; give the name of a file")
     page = render(run).encode("utf-8")
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
@@ -65,7 +64,7 @@ def write_report(run: RunView, target: Path) -> Path:
         with contextlib.suppress(OSError):
             partial.unlink()
         text = f"{target}: the report cannot be written ({problem.strerror}); choose another file"
-        raise UserError(one_line(text)) from None
+        raise UserError(text) from None
     return target
 
 
