@@ -25,6 +25,19 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--long`."""
+    parser.addoption(
+        "--long", action="store_true", default=False, help="the long form of the fault and fuzz suites"
+    )
+
+
+@pytest.fixture(scope="session")
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether the long form is wanted."""
+    return bool(request.config.getoption("--long"))
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The repository's root."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,14 @@ def tokenizer_files(folder: Path) -> list[Path]:
     """Return the tokenizer files in a checkpoint folder (resolved), by name; it may have none.
 
     Raises:
-        SourceError: One of them is a symlink out of the folder.
+        SourceError: One of them is a symlink out of the folder, or no regular file.
     """
-    names = [name for name in (*VOCABULARY_FILES, *_OTHER_FILES) if (folder / name).is_file()]
-    return [inside(folder, name) for name in sorted(names)]
+    names = [name for name in (*VOCABULARY_FILES, *_OTHER_FILES) if os.path.lexists(folder / name)]
+    found = [inside(folder, name) for name in sorted(names)]
+    for path in found:
+        if not path.is_file():
+            raise broken(path, "not a regular file")
+    return found
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -357,7 +358,9 @@ def lm_eval_quiet() -> Iterator[None]:
     bar = task_module.tqdm
     task_module.tqdm = functools.partial(bar, disable=True)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         task_module.tqdm = bar
         for logger, level in zip(loggers, levels, strict=True):

@@ -20,6 +20,9 @@ MOST_FILES = 20_000
 MOST_NODES = 100_000
 """Most values of a task file with all its aliases written out."""
 
+_PICKLING = ("pandas", "cache", "generator", "spark")
+"""Builders of `datasets` that take pickles or functions, in some of its versions."""
+
 _Parser = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as lm-eval chooses it
 
 
@@ -27,9 +30,10 @@ _Parser = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as lm-eval chooses it
 def only_trusted_functions(trusted: Sequence[Path]) -> Iterator[None]:
     """Refuse code that task files outside lm-eval and the trusted folders would run, included files too.
 
-    That is `!function`, and metrics that lm-eval does not know: it looks for these in the `evaluate` library,
-    which runs a script of the Hugging Face hub or of a folder of that name.
+    That is `!function`; metrics that lm-eval does not know, which it looks for in the `evaluate` library, which
+    runs a script of the Hugging Face hub or of a folder of that name; and data whose loading runs code.
     """
+    import datasets
     import lm_eval
     from lm_eval.api import registry
     from lm_eval.api import task as task_module
@@ -56,11 +60,23 @@ def only_trusted_functions(trusted: Sequence[Path]) -> Iterator[None]:
             )
         return known(name)
 
+    load = datasets.load_dataset
+
+    def load_data(path: str, *rest: Any, **options: Any) -> Any:
+        if path in _PICKLING or options.get("trust_remote_code"):
+            raise FitnessError(
+                f"a task file has data of the kind {str(path)[:80]!r}, whose loading runs code (pickle or a "
+                "script); give it as json, csv or parquet"
+            )
+        return load(path, *rest, **options)
+
     _yaml_loader._import_func_in_yml = guarded
     task_module.get_metric = own_metric
+    datasets.load_dataset = load_data
     try:
         yield
     finally:
+        datasets.load_dataset = load
         _yaml_loader._import_func_in_yml = stock
         task_module.get_metric = known
 

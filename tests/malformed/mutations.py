@@ -107,13 +107,15 @@ def of_bytes(data: bytes, random: Random) -> bytes:
 def of_data(data: Any, random: Random) -> Any:
     """Return plain data with one to three of its values or keys changed."""
     data = copy.deepcopy(data)
-    for _ in range(random.randint(1, 3)):
+    for _ in range(random.choice((1, 1, 1, 2, 3))):
         places = list(_places(data))
         if not places:
             return random.choice(NASTY)
         owner, key = random.choice(places)
         kind = random.randrange(8)
-        if kind < 4:
+        if kind < 2:
+            owner[key] = _nudged(owner[key], random)
+        elif kind < 4:
             owner[key] = copy.deepcopy(random.choice(NASTY))
         elif kind == 4:
             del owner[key]
@@ -144,6 +146,23 @@ NASTY_NAMES = (
     "0",
     "base",
 )
+
+
+def _nudged(value: Any, random: Random) -> Any:
+    """Return another value of the same kind, not far from it where it is a number."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + random.choice((-2, -1, 1, 2, 10, -value))
+    if isinstance(value, float):
+        return value * random.choice((-1, 0, 0.5, 2, 1e6, 1e-9)) + random.choice((0, 0.25))
+    if isinstance(value, str):
+        return (
+            value[::-1]
+            if random.random() < 0.3
+            else value + random.choice(("", "x", " ", "/", "-", "\u00e9"))
+        )
+    return value
 
 
 def _places(data: Any) -> Iterator[tuple[Any, Any]]:
@@ -179,6 +198,13 @@ def of_header(data: bytes, random: Random) -> bytes:
     return struct.pack("<Q", claimed) + header + data[8 + length :]
 
 
+def of_task(data: bytes, random: Random) -> bytes:
+    """Return a task file with other data or bytes that still names its task, which lm-eval looks for first."""
+    name = b"task: choice\n"
+    mutate = random.choice((of_yaml, of_yaml, of_bytes))
+    return mutate(data.replace(name, b""), random) + b"\n" + name
+
+
 Mutation = Callable[[bytes, Random], bytes]
 
 TARGETS: tuple[tuple[str, str, tuple[Mutation, ...]], ...] = (
@@ -208,7 +234,7 @@ TARGETS: tuple[tuple[str, str, tuple[Mutation, ...]], ...] = (
     ("niches.yaml", "population", (of_yaml, of_bytes)),
     ("population.json", "population", (of_json, of_json, of_bytes)),
     ("tasks.yaml", "tasks", (of_yaml, of_bytes)),
-    ("tasks/choice.yaml", "tasks", (of_yaml, of_bytes)),
+    ("tasks/choice.yaml", "tasks", (of_task,)),
     ("tasks/choice.json", "tasks", (of_bytes,)),
 )
 """A file, a command that reads it, and the mutations that are drawn from."""

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import gc
 import io
+import json
 import resource
 import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.malformed.world import COMMANDS, make_sound
@@ -38,7 +39,8 @@ class Answer:
         code: Its exit code.
         line: Its one line of error; empty if it ended well.
         problem: What it did that no command may do; empty if nothing.
-        seconds: How long it took.
+        seconds: Processor time that it took.
+        elapsed: Time on the clock.
         nbytes: How much memory it took at most, beyond what the process had before.
     """
 
@@ -46,6 +48,7 @@ class Answer:
     line: str
     problem: str
     seconds: float
+    elapsed: float
     nbytes: int
 
 
@@ -107,7 +110,7 @@ def _run(arguments: tuple[str, ...]) -> Answer:
     code, problem = 0, ""
     before = _reset_peak()
     faulthandler.dump_traceback_later(HANGING, exit=True)
-    began = time.perf_counter()
+    began, started = time.process_time(), time.perf_counter()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             main()
@@ -115,11 +118,11 @@ def _run(arguments: tuple[str, ...]) -> Answer:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except BaseException:
         code, problem = 1, traceback.format_exc()
-    seconds = time.perf_counter() - began
+    seconds, elapsed = time.process_time() - began, time.perf_counter() - started
     faulthandler.cancel_dump_traceback_later()
     lines = [line for line in err.getvalue().splitlines() if line and not line.startswith(CHATTER)]
     problem = problem or _problem(code, lines, err.getvalue() + out.getvalue())
-    return Answer(code, lines[0] if code and lines else "", problem, seconds, _peak() - before)
+    return Answer(code, lines[0] if code and lines else "", problem, seconds, elapsed, _peak() - before)
 
 
 def _problem(code: int, lines: list[str], printed: str) -> str:
@@ -164,4 +167,26 @@ def warmed(folder: Path) -> World:
     return world
 
 
-Change = Callable[[Path], object]
+def main(folder: Path, first: int, mutations: int) -> None:
+    """Run all named cases and some mutations; print a JSON line before and after each."""
+    from tests.malformed.cases import CASES
+    from tests.malformed.mutations import mutated
+
+    say = functools.partial(print, file=sys.__stdout__, flush=True)
+    world = warmed(folder)
+    for name, (command, change, _) in CASES.items():
+        say(json.dumps({"begin": name}))
+        world.restore()
+        change(world.path)
+        say(json.dumps({"case": name, **asdict(world.answer(command))}))
+    world.restore()
+    for number in range(first, first + mutations):
+        say(json.dumps({"begin": number}))
+        file, command, content = mutated(number, world.sound)
+        (world.path / file).write_bytes(content)
+        say(json.dumps({"mutation": number, "file": file, **asdict(world.answer(command))}))
+        world.mend(file)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
