@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from evomerge.config import CHANGEABLE, RunConfig, parse_config
-from evomerge.errors import ConfigError, LostRunError, StoreError, UserError
+from evomerge.errors import ConfigError, LostRunError, StoreError, UserError, redacted
 from evomerge.plan import Plan, drift
 from evomerge.progress import Progress
 from evomerge.search import Search
@@ -77,7 +78,7 @@ def start(
         notice(f"warning: {warning}")
     notice("starting workers")
     with make_pool(plan) as pool:
-        run = store.create_run(config.name, config.model_dump(mode="json"), plan.facts())
+        run = store.create_run(config.name, _kept(config), plan.facts())
         return _drive(run, plan, pool, store, listener, notice)
 
 
@@ -116,11 +117,17 @@ def resume(
     notice("starting workers")
     with make_pool(plan) as pool:
         run = store.take_run(name)
-        run.set_config(config.model_dump(mode="json"))
+        run.set_config(_kept(config))
         if changed:
             run.add_event("drift_accepted", {"changes": changed})
             run.set_facts({**plan.facts(), "drift": [*view.facts.get("drift", []), *changed]})
         return _drive(run, plan, pool, store, listener, notice)
+
+
+def _kept(config: RunConfig) -> dict[str, Any]:
+    """Return a config as it is stored: without the password of the store."""
+    data = config.model_dump(mode="json")
+    return {**data, "store": redacted(config.store) if config.store else None}
 
 
 def _check_unchanged(view: RunView, config: RunConfig) -> None:
@@ -150,7 +157,7 @@ def _drive(run: Run, plan: Plan, pool: Pool, store: Store, listener: Listener, n
         run.release("failed", str(problem))
         raise
     except BaseException as problem:
-        run.release("failed", f"{type(problem).__name__}: {problem}")
+        run.release("failed", redacted(f"{type(problem).__name__}: {problem}"))
         raise
     return store.run(run.name)
 

@@ -20,10 +20,25 @@ whatever they are made of, they end up short and printable.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 MOST_CHARACTERS = 1200
 """Longest message; a longer one loses its middle."""
+
+
+_SECRETS = (
+    re.compile(r"(://[^\s/:@]*:)[^\s/@]+(?=@)"),  # the password of a URL
+    re.compile(r"([?&](?:password|passwd|token|secret|key)=)[^\s&]+", re.IGNORECASE),
+    re.compile(r"\b(hf_|sk-|ghp_)[A-Za-z0-9_-]{16,}"),  # tokens of hubs and services
+)
+
+
+def redacted(text: str) -> str:
+    """Return a text with the secrets in it replaced by `***`: passwords in URLs, tokens of known forms."""
+    for pattern in _SECRETS:
+        text = pattern.sub(r"\1***", text)
+    return text
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -46,10 +61,10 @@ def one_line(text: str) -> str:
 
 
 class EvomergeError(Exception):
-    """Any error raised on purpose by evomerge; its message is one printable line."""
+    """Any error raised on purpose by evomerge; its message is one printable line without secrets."""
 
     def __init__(self, message: object = "") -> None:
-        line = one_line(str(message))
+        line = redacted(one_line(str(message)))
         if len(line) > MOST_CHARACTERS:
             half = MOST_CHARACTERS // 2 - 10
             line = f"{line[:half]} [...] {line[-half:]}"

@@ -30,8 +30,8 @@ _Parser = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as lm-eval chooses it
 def only_trusted_functions(trusted: Sequence[Path]) -> Iterator[None]:
     """Refuse code that task files outside lm-eval and the trusted folders would run, included files too.
 
-    That is `!function`; metrics that lm-eval does not know, which it looks for in the `evaluate` library, which
-    runs a script of the Hugging Face hub or of a folder of that name; and data whose loading runs code.
+    That is `!function`; metrics that lm-eval does not know, for which the `evaluate` library runs a script of
+    the Hugging Face hub or of a folder of that name; and data whose loading runs code.
     """
     import datasets
     import lm_eval
@@ -63,7 +63,7 @@ def only_trusted_functions(trusted: Sequence[Path]) -> Iterator[None]:
     load = datasets.load_dataset
 
     def load_data(path: str, *rest: Any, **options: Any) -> Any:
-        if path in _PICKLING or options.get("trust_remote_code"):
+        if path in _PICKLING:
             raise FitnessError(
                 f"a task file has data of the kind {str(path)[:80]!r}, whose loading runs code (pickle or a "
                 "script); give it as json, csv or parquet"

@@ -10,16 +10,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
-import tempfile
 import time
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from evomerge.errors import UserError
 from evomerge.records import Outcome
+from evomerge.workers.own_ray import OwnRay, prepare_own
 from evomerge.workers.pool import Job, Pool, PoolState, lost
 from evomerge.workers.settings import WorkerSettings, WorkerSpec
 
@@ -28,10 +26,8 @@ START_SECONDS = 600.0
 
 START_ATTEMPTS = 3
 
-FOLDERS = Path("/tmp")  # noqa: S108
-"""Where our own Ray keeps its sockets, whose paths may have at most 107 characters."""
-
-FOLDER_PREFIX = "evomerge-ray-"
+STORE_SECRETS = ("EVOMERGE_STORE", "PGPASSWORD")
+"""Environment variables that workers get empty."""
 
 GROW_SECONDS = 0.5
 """Least time between looks at whether the cluster has room for more workers."""
@@ -63,7 +59,7 @@ class RayPool(Pool):
         self._jobs: deque[tuple[Job, int]] = deque()
         self._deaths = 0
         self._start_failures = 0
-        self._folder: str | None = None
+        self._own: OwnRay | None = None
         self._ray: Any = None
         self._wanted = 0
         self._needs: dict[str, float] = {}
@@ -114,12 +110,16 @@ class RayPool(Pool):
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "TOKENIZERS_PARALLELISM": "false",
+            # Workers never open the store, so its password has no business in their environment.
+            **{name: "" for name in STORE_SECRETS if name in os.environ},
             **passed,
         }
 
     def _connect(self) -> Any:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        if not self._settings.ray_address:
+            prepare_own()
         import ray
 
         if ray.is_initialized():
@@ -134,9 +134,7 @@ class RayPool(Pool):
                     f"workers.ray_address: {self._settings.ray_address}: cannot connect: {text}"
                 ) from None
             return ray
-        _sweep()
-        self._folder = tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-", dir=FOLDERS)
-        ray.init(address="local", include_dashboard=False, _temp_dir=self._folder, **quiet)
+        self._own = OwnRay(ray, **quiet)
         return ray
 
     def _grow(self) -> None:
@@ -266,10 +264,9 @@ class RayPool(Pool):
         for slot in slots:
             with contextlib.suppress(Exception):
                 self._ray.kill(slot.actor)
-        if self._folder is not None:
-            self._ray.shutdown()
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        if self._own is not None:
+            self._own.stop()
+            self._own = None
 
 
 class _Actor:
@@ -295,14 +292,6 @@ class _Actor:
         """Build and score one candidate."""
         outcome: Outcome = self._worker.run(job)
         return outcome
-
-
-def _sweep() -> None:
-    """Remove what drivers that were killed left behind."""
-    for folder in FOLDERS.glob(f"{FOLDER_PREFIX}*-*"):
-        pid = folder.name.removeprefix(FOLDER_PREFIX).partition("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _first_line(problem: BaseException) -> str:

@@ -14,6 +14,8 @@ import pytest
 
 from tests.malformed.cases import CASES
 
+pytestmark = pytest.mark.timeout(7200)  # the long form takes about a quarter of an hour
+
 SHORT, LONG = 560, 22_400
 """Mutations of each form: multiples of the number of targets."""
 
@@ -54,7 +56,6 @@ def test_a_broken_file_is_refused_in_one_line(name: str, by_name: dict[str, dict
     assert answer["nbytes"] < MOST_BYTES
 
 
-@pytest.mark.timeout(7200)
 def test_mutated_files_are_refused_in_one_line_or_read(answers: list[dict[str, Any]], long: bool) -> None:
     mutations = [answer for answer in answers if "mutation" in answer]
     assert len(mutations) == (LONG if long else SHORT)
