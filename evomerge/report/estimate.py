@@ -8,7 +8,7 @@ from typing import Any
 
 from evomerge.config import RunConfig
 from evomerge.errors import FitnessError
-from evomerge.fitness.tasks import LoadedTask
+from evomerge.fitness.tasks import LoadedTask, lm_eval_quiet
 from evomerge.plan import Plan
 
 CPU_FLOPS_PER_CORE = 2e10
@@ -97,7 +97,8 @@ def _tokens_per_document(plan: Plan) -> float:
     lengths: list[float] = []
     for name, loaded in plan.tasks.tasks.items():
         try:
-            lengths += _lengths(loaded)
+            with lm_eval_quiet():
+                lengths += _lengths(loaded)
         except Exception as problem:  # whatever templates and documents that do not fit each other raise
             text = (str(problem).splitlines() or [""])[0]
             raise FitnessError(
