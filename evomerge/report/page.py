@@ -114,6 +114,7 @@ def _context(summary: Summary) -> dict[str, Any]:
         "drift": [line for e in events if e.kind == "drift_accepted" for line in e.data.get("changes", [])],
         "sessions": sum(event.kind == "started" for event in events),
         "ended": [str(e.data.get("reason", "")) for e in events if e.kind == "optimizer_finished"],
+        "noted": [str(e.data.get("note", "")) for e in events if e.kind == "optimizer"],
         "facts": run.facts,
         "optimizer": (run.config.get("optimizer") or {}).get("name"),
         "seed": run.config.get("seed", 0),

@@ -7,6 +7,7 @@ import pytest
 
 from evomerge.errors import ConfigError
 from evomerge.optimizers import create
+from evomerge.spaces.dimensions import Dimension
 from tests.contracts.optimizer import MIXED, ORDERED, REALS, OptimizerContract
 
 
