@@ -37,6 +37,8 @@ class Rule(StrictModel):
     @classmethod
     def _shorten(cls, value: Scalar | tuple[float, ...]) -> Scalar | tuple[float, ...]:
         if isinstance(value, tuple):
+            if not value:
+                raise ValueError("expected a number or a list of numbers, got an empty list")
             if all(anchor == value[0] for anchor in value):
                 return value[0] + 0.0
             return tuple(anchor + 0.0 for anchor in value)

@@ -136,7 +136,8 @@ def unreadable(folders: Sequence[Path]) -> str:
 
 def _fault_of(file: Path, data: bytes) -> str:
     """Return why a file is no YAML; refuse what grows without end when its aliases are written out."""
-    open_sizes, anchors = [0], {}
+    open_sizes: list[int] = [0]
+    anchors: dict[str | None, int] = {}
     names: list[str | None] = [None]
     try:
         for event in yaml.parse(data, Loader=_Parser):

@@ -68,7 +68,7 @@ class OwnRay:
     @staticmethod
     def _reread() -> None:
         """Let Ray read mode and token again, which it does once for a process."""
-        from ray._raylet import AuthenticationTokenLoader, Config
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()

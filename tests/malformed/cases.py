@@ -209,6 +209,7 @@ RECIPES: dict[str, Case] = {
     "a weight of 1e300": ("merge", changed("recipe.yaml", sources__0__parameters={"weight": 1e300}), "weight"),
     "a weight of 10**400": ("merge", changed("recipe.yaml", sources__0__parameters={"weight": 10**400}), "weight"),
     "a weight that is true": ("merge", changed("recipe.yaml", sources__0__parameters={"weight": True}), "weight"),
+    "a rule without a value": ("merge", changed("recipe.yaml", sources__0__parameters={"weight": [{"value": []}]}), "empty list"),
     "a density of -1": ("merge", changed("recipe.yaml", sources__0__parameters={"density": -1}), "density"),
     "no sources": ("merge", changed("recipe.yaml", sources=[]), "sources"),
     "a source without a path": ("merge", changed("recipe.yaml", sources=[{"name": "a"}]), "path"),
