@@ -118,7 +118,9 @@ def check_value(value: Scalar, parameter: Parameter, where: str) -> None:
             choices = ", ".join(str(choice).lower() for choice in parameter.choices)
             raise RecipeError(f"{where}: expected one of {choices}, got {value!r}")
         return
-    if isinstance(value, bool | str) or not abs(value) <= LARGEST:
+    if isinstance(value, bool | str) or not math.isfinite(value):
+        raise RecipeError(f"{where}: expected a number, got {value!r}")
+    if abs(value) > LARGEST:
         raise RecipeError(f"{where}: expected a number of at most {LARGEST:g}, got {value!r}")
     low, high = parameter.valid_low, parameter.valid_high
     if (low is not None and value < low) or (high is not None and value > high):
