@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from evomerge.config import CHANGEABLE, RunConfig, parse_config
-from evomerge.errors import ConfigError, LostRunError, StoreError, UserError
+from evomerge.errors import ConfigError, LostRunError, StoreError, UserError, redacted
 from evomerge.faults import reached
 from evomerge.plan import Plan, drift
 from evomerge.progress import Progress
@@ -79,7 +80,7 @@ def start(
         notice(f"warning: {warning}")
     notice("starting workers")
     with make_pool(plan) as pool:
-        run = store.create_run(config.name, config.model_dump(mode="json"), plan.facts())
+        run = store.create_run(config.name, _kept(config), plan.facts())
         reached("run_created")
         return _drive(run, plan, pool, store, listener, notice)
 
@@ -120,11 +121,17 @@ def resume(
     with make_pool(plan) as pool:
         run = store.take_run(name)
         reached("run_taken")
-        run.set_config(config.model_dump(mode="json"))
+        run.set_config(_kept(config))
         if changed:
             run.add_event("drift_accepted", {"changes": changed})
             run.set_facts({**plan.facts(), "drift": [*view.facts.get("drift", []), *changed]})
         return _drive(run, plan, pool, store, listener, notice)
+
+
+def _kept(config: RunConfig) -> dict[str, Any]:
+    """Return a config as it is stored: without the password of the store."""
+    data = config.model_dump(mode="json")
+    return {**data, "store": redacted(config.store) if config.store else None}
 
 
 def _check_unchanged(view: RunView, config: RunConfig) -> None:
@@ -159,7 +166,7 @@ def _drive(run: Run, plan: Plan, pool: Pool, store: Store, listener: Listener, n
         text = str(problem) if isinstance(problem, UserError) else f"{type(problem).__name__}: {problem}"
         # Where the store is at fault this fails too; what came first is what the user must know.
         with contextlib.suppress(StoreError, LostRunError):
-            run.release("failed", text)
+            run.release("failed", redacted(text))
         raise
     return store.run(run.name)
 

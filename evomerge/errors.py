@@ -13,17 +13,62 @@ EvomergeError
 └── LostRunError         another driver has taken the run over; this one must stop writing
 ```
 
-Messages say what, where, expected, got, and what to do, in one line.
+Messages say what, where, expected, got, and what to do, in one line. They quote what others wrote, so
+whatever they are made of, they end up short and printable.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+MOST_CHARACTERS = 1200
+"""Longest message; a longer one loses its middle."""
+
+
+_SECRETS = (
+    re.compile(r"(://[^\s/:@]*:)[^\s/@]+(?=@)"),  # the password of a URL
+    re.compile(r"([?&](?:password|passwd|token|secret|key)=)[^\s&]+", re.IGNORECASE),
+    re.compile(r"\b(hf_|sk-|ghp_)[A-Za-z0-9_-]{16,}"),  # tokens of hubs and services
+)
+
+
+def redacted(text: str) -> str:
+    """Return a text with the secrets in it replaced by `***`: passwords in URLs, tokens of known forms."""
+    for pattern in _SECRETS:
+        text = pattern.sub(r"\1***", text)
+    return text
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return a text in which every character can be printed and moves nothing on a terminal.
+
+    Line breaks, control characters, what turns the direction of writing, and halves of characters become
+    backslash escapes, but for those in `keep`.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() or letter in keep else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def one_line(text: str) -> str:
+    """Return a text as one line in which every character can be printed; white space becomes one blank."""
+    return printable(" ".join(text.split()))
 
 
 class EvomergeError(Exception):
-    """Any error raised on purpose by evomerge."""
+    """Any error raised on purpose by evomerge; its message is one printable line without secrets."""
+
+    def __init__(self, message: object = "") -> None:
+        line = redacted(one_line(str(message)))
+        if len(line) > MOST_CHARACTERS:
+            half = MOST_CHARACTERS // 2 - 10
+            line = f"{line[:half]} [...] {line[-half:]}"
+        super().__init__(line)
 
 
 class UserError(EvomergeError):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from evomerge.errors import RecipeError
+from evomerge.reading import is_folder, parse_json, read_bytes
+
+_MAX_CONFIG = 16 * 2**20
 
 Key = tuple[str, str | None]
 """A path or hub id, and a revision."""
@@ -19,14 +21,15 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 def layer_count(path: str, revision: str | None) -> int | None:
     """Return the number of layers of a checkpoint that is on this machine; None if it is not."""
     config = model_config(path, revision)
-    config = config.get("text_config") or config
-    return next((config[key] for key in LAYER_COUNTS if isinstance(config.get(key), int)), None)
+    nested = config.get("text_config")
+    config = nested if isinstance(nested, dict) else config
+    return next((config[key] for key in LAYER_COUNTS if type(config.get(key)) is int), None)
 
 
 def model_config(path: str, revision: str | None) -> dict[str, Any]:
     """Return the config of a local or downloaded checkpoint; empty if it is neither, or broken."""
     file: Path | str | None = Path(path) / "config.json"
-    if not Path(path).is_dir():
+    if not is_folder(Path(path)):
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
@@ -36,10 +39,9 @@ def model_config(path: str, revision: str | None) -> dict[str, Any]:
             return {}
         file = cached if isinstance(cached, str) else None
     try:
-        config = json.loads(Path(file).read_bytes()) if file else {}
-    except (OSError, ValueError):
+        return parse_json(read_bytes(Path(file), _MAX_CONFIG, RecipeError), path, RecipeError) if file else {}
+    except RecipeError:  # opening the checkpoint will say what is wrong
         return {}
-    return config if isinstance(config, dict) else {}
 
 
 def model_key(model: Any, where: str) -> Key:

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evomerge.catalogue import Method, Parameter
-from evomerge.errors import RecipeError, nearest
+from evomerge.errors import RecipeError, nearest, one_line
 from evomerge.mergekit_methods import Peer, check_parameter, defaults_read, value_read
 from evomerge.mergekit_models import Key
-from evomerge.strict import one_line
 
 Settings = list[tuple[Mapping[str, Any], str]]
 """Parameters and where they stand, from the innermost to the outermost."""

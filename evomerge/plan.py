@@ -141,6 +141,10 @@ class Plan:
         spec = self.config.fitness.function or ""
         where, _, name = spec.rpartition(":")
         if not where.endswith(".py"):
+            if where and not all(part.isidentifier() for part in where.split(".")):
+                raise FitnessError(
+                    f"fitness.function: {spec}: expected module:name or file.py:name, got no name of a module"
+                )
             return
         file = self.base_dir / where
         try:

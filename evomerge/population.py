@@ -12,6 +12,7 @@ from pydantic import Field
 
 from evomerge.checkpoints.whole import write_whole
 from evomerge.errors import ConfigError
+from evomerge.reading import parse_json, read_bytes
 from evomerge.recipe import SourceRef
 from evomerge.records import Genome, Role
 from evomerge.spaces.base import Space
@@ -20,6 +21,7 @@ from evomerge.spaces.segments import SegmentSpace
 from evomerge.strict import StrictModel, validated
 
 MAX_BYTES = 2**28
+MOST_VALUES = 10_000_000
 
 
 class Member(StrictModel):
@@ -76,16 +78,8 @@ def read_population(path: Path) -> PopulationFile:
     Raises:
         ConfigError: It is no such file; in one line.
     """
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"population: {path}: larger than {MAX_BYTES >> 20} MiB")
-        data = json.loads(path.read_text("utf-8"))
-    except OSError as problem:
-        raise ConfigError(f"population: {path}: {problem.strerror}") from None
-    except ValueError:
-        raise ConfigError(f"population: {path}: no JSON; expected a file of `population export`") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"population: {path}: expected a file of `population export`")
+    where = f"population: {path}"
+    data = parse_json(read_bytes(path, MAX_BYTES, ConfigError), where, ConfigError, most=MOST_VALUES)
     return validated(PopulationFile, data, f"population {path}", ConfigError)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from evomerge.catalogue import Method, Parameter, Scope
-from evomerge.errors import RecipeError
+from evomerge.errors import RecipeError, one_line
 from evomerge.records import Place, Role
-from evomerge.strict import StrictModel, one_line
+from evomerge.strict import StrictModel
 
 Scalar = bool | float | str
 
@@ -37,6 +37,8 @@ class Rule(StrictModel):
     @classmethod
     def _shorten(cls, value: Scalar | tuple[float, ...]) -> Scalar | tuple[float, ...]:
         if isinstance(value, tuple):
+            if not value:
+                raise ValueError("expected a number or a list of numbers, got an empty list")
             if all(anchor == value[0] for anchor in value):
                 return value[0] + 0.0
             return tuple(anchor + 0.0 for anchor in value)
@@ -70,6 +72,9 @@ class Rule(StrictModel):
 
 
 Setting = tuple[Rule, ...]
+
+LARGEST = 1e30
+"""Largest parameter: what it is multiplied by must still fit into float32."""
 
 ON_ANCHOR = 1e-9
 """Depths this near to an anchor, in steps between anchors, get its value and no blend with its neighbour."""
@@ -115,6 +120,8 @@ def check_value(value: Scalar, parameter: Parameter, where: str) -> None:
         return
     if isinstance(value, bool | str) or not math.isfinite(value):
         raise RecipeError(f"{where}: expected a number, got {value!r}")
+    if abs(value) > LARGEST:
+        raise RecipeError(f"{where}: expected a number of at most {LARGEST:g}, got {value!r}")
     low, high = parameter.valid_low, parameter.valid_high
     if (low is not None and value < low) or (high is not None and value > high):
         wanted = f"{low} to {high}" if low is not None and high is not None else f"at least {low}"

@@ -11,6 +11,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
+from typing import Any
 
 from evomerge.crew import Crew, Health
 from evomerge.errors import FitnessError
@@ -49,7 +51,8 @@ class Search:
     ) -> None:
         self._run, self._plan, self._pool, self._listener = run, plan, pool, listener
         self._crew = Crew(run, pool, notice)
-        self._candidates = {candidate.number: candidate for candidate in run.candidates()}
+        self._candidates = {candidate.number: _slim(candidate) for candidate in run.candidates()}
+        self._fresh: dict[int, Mapping[str, Any]] = {}
         known = run.outcomes(values=False)
         self._outcomes = {(outcome.candidate, outcome.documents): outcome for outcome in known}
         self._beat = self._started = time.monotonic()
@@ -103,7 +106,8 @@ class Search:
         candidate = Candidate(number, origin, generation, index, genome, recipe.to_json(), recipe.digest)
         self._run.add_candidate(candidate, self._told)
         reached("candidate_recorded")
-        self._candidates[number] = candidate
+        self._candidates[number] = _slim(candidate)
+        self._fresh[number] = candidate.recipe
         return candidate
 
     # The search proper.
@@ -341,17 +345,19 @@ class Search:
     def _job(self, number: int, documents: str) -> Job:
         candidate = self._candidates[number]
         deadline = self._plan.config.workers.deadline_seconds * self._length(documents)
-        return Job(number, candidate.recipe, documents, deadline, self._race(candidate, documents))
+        recipe = self._fresh.pop(number, None) or self._run.candidate(number).recipe
+        return Job(number, recipe, documents, deadline, self._race(candidate, documents))
 
     def _race(self, candidate: Candidate, documents: str) -> Race | None:
         """Return what a proposal is raced against; None: it is scored to the end, as all finalists are."""
         if self._races is None or candidate.index is None or documents != "search":
             return None
-        before = (
-            (c.number, self._outcomes.get((c.number, "search")))
-            for c in self._candidates.values()
-            if c.index is not None and c.generation == candidate.generation - 1
+        last = candidate.generation - 1
+        recent = takewhile(
+            lambda c: c.index is None or c.generation >= last, reversed(self._candidates.values())
         )
+        parents = [c.number for c in recent if c.index is not None and c.generation == last][::-1]
+        before = ((number, self._outcomes.get((number, "search"))) for number in parents)
         return self._races.of(candidate.generation, before, self._whole)
 
     def _whole(self, number: int) -> Outcome | None:
@@ -381,6 +387,7 @@ class Search:
         self._beat = time.monotonic()
         # Values of documents are read from the store when they are needed; here they would only pile up.
         self._outcomes[outcome.candidate, outcome.documents] = replace(outcome, values={})
+        self._fresh.pop(outcome.candidate, None)
         take(outcome)
         self._done += 1
         self._health.add(outcome)
@@ -398,3 +405,8 @@ class Search:
             self._phase = phase
             self._run.add_event("phase", {"phase": phase})
             reached("phase_recorded")
+
+
+def _slim(candidate: Candidate) -> Candidate:
+    """Return a candidate without its recipe, which is read from the store when it is needed again."""
+    return replace(candidate, recipe={})

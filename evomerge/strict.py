@@ -17,10 +17,16 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
-from evomerge.errors import UserError, nearest
+from evomerge.errors import UserError, nearest, one_line
+from evomerge.reading import read_bytes
 
-MAX_BYTES = 4 * 2**20
+MAX_BYTES = 2**20
 MAX_DEPTH = 64
+MAX_EVENTS = 50_000
+"""Most values and collections of a YAML text; a second's work for its parser."""
+
+_UNFIT = re.compile("[\0\ud800-\udfff]")
+"""What no text may hold: NUL, at which C cuts texts off, and halves of characters, which no file can hold."""
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -121,7 +127,7 @@ def parse_yaml(text: str, where: str, error: type[UserError]) -> Any:
     """Return the data of a YAML text.
 
     Args:
-        text: At most 4 MiB, 64 levels deep, without aliases, tags or duplicate keys.
+        text: At most 1 MiB and 50,000 values, 64 levels deep, without aliases, tags or duplicate keys.
         where: What to call the text in messages, usually its path.
         error: The class of error to raise.
     """
@@ -129,7 +135,12 @@ def parse_yaml(text: str, where: str, error: type[UserError]) -> Any:
         raise error(f"{where}: too large: expected at most {MAX_BYTES} characters, got {len(text)}")
     depth = 0
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+            if count > MAX_EVENTS:
+                raise error(f"{where}: more values than the {MAX_EVENTS:,} that one file may have")
+            if isinstance(event, yaml.ScalarEvent) and _UNFIT.search(event.value):
+                line = event.start_mark.line + 1 if event.start_mark else "?"
+                raise error(f"{where}: line {line}: a text holds NUL or half a character (a lone surrogate)")
             if isinstance(event, yaml.AliasEvent):
                 line = event.start_mark.line + 1 if event.start_mark else "?"
                 raise error(f"{where}: line {line}: alias *{event.anchor}: not allowed; write the value out")
@@ -162,13 +173,9 @@ def dump_yaml(data: Any) -> str:
 def read_text(path: Path, error: type[UserError]) -> str:
     """Return the text of a file, or raise `error` in one line."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise error(f"{path}: too large: expected at most {MAX_BYTES} bytes, got {path.stat().st_size}")
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path, MAX_BYTES, error).decode("utf-8")
     except UnicodeDecodeError:
         raise error(f"{path}: not a text file in UTF-8") from None
-    except OSError as problem:
-        raise error(f"{path}: cannot be read: {problem.strerror}") from None
 
 
 def read_yaml(path: Path, error: type[UserError]) -> Any:
@@ -242,11 +249,6 @@ def explain(problem: ValidationError) -> str:
 def _expected(fault: Any) -> str:
     shown = {k: f"{v:g}" if isinstance(v, float) else v for k, v in fault.get("ctx", {}).items()}
     return {**_KINDS, **_LIMITS}[fault["type"]].format_map(shown)
-
-
-def one_line(text: str) -> str:
-    """Return a text with every run of white space, line breaks among it, as one blank."""
-    return " ".join(text.split())
 
 
 def _path(fault: Any) -> list[str]:

@@ -23,6 +23,7 @@ LAYERS = (
         *("mergekit", "mergekit_evolve", "mergekit_filters", "mergekit_methods", "mergekit_models"),
         *("mergekit_slices", "mergekit_tokens", "mergekit_writer"),
     ),
+    ("reading",),
     ("errors", "faults", "seeding"),
 )
 """From top to bottom; a part may import from its own layer and from those below it."""

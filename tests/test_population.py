@@ -127,8 +127,8 @@ def test_numbers_need_the_same_dimensions(checkpoints: list[Checkpoint]) -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("no json", "no JSON"),
-        ("[1]", "expected a file of `population export`"),
+        ("no json", "not valid JSON"),
+        ("[1]", "expected a JSON object"),
         ('{"kind": "segments"}', "run"),
         ('{"evomerge": 2}', "evomerge"),
     ],
@@ -139,5 +139,5 @@ def test_files_that_are_none_are_refused_in_one_line(text: str, message: str, tm
     with pytest.raises(ConfigError, match=message) as problem:
         read_population(path)
     assert "\n" not in str(problem.value)
-    with pytest.raises(ConfigError, match="Is a directory"):
+    with pytest.raises(ConfigError, match="not a regular file"):
         read_population(tmp_path)

@@ -141,7 +141,7 @@ def read_settings(path: Path) -> Settings:
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: expected a mapping with a method, got {type(data).__name__}")
     method = data.get("method")
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         hint = nearest(str(method), _METHODS)
         raise RecipeError(f"{path}: method: expected one of {', '.join(_METHODS)}, got {method!r}{hint}")
     return validated(_METHODS[method], data, str(path), RecipeError)

@@ -19,11 +19,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.checkpoints.files import broken, inside, one_line, read_json, show
+from evomerge.checkpoints.files import broken, inside, read_json, show
 from evomerge.checkpoints.fingerprint import hash_files, sha256_text
 from evomerge.checkpoints.header import TensorInfo, read_header
 from evomerge.checkpoints.whole import partial_of, remove_stale, sync
 from evomerge.errors import UserError
+from evomerge.reading import is_folder
 
 if TYPE_CHECKING:
     import torch
@@ -157,7 +158,7 @@ class Adapter:
         if not location:
             return None
         folder = self.path / location
-        return (str(folder.resolve()), None) if folder.is_dir() else (location, self.config.get("revision"))
+        return (str(folder.resolve()), None) if is_folder(folder) else (location, self.config.get("revision"))
 
     def check_low_rank(self) -> None:
         """Check that all it does is to add low-rank deltas, which is what merging adapters keeps.
@@ -283,7 +284,7 @@ def write_adapter(target: Path, config: Mapping[str, Any], tensors: Mapping[str,
         sync(final.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(one_line(f"{final}: cannot be written ({reason}); choose another folder")) from None
+        raise UserError(f"{final}: cannot be written ({reason}); choose another folder") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final

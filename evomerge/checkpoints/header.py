@@ -6,7 +6,6 @@ import math
 import os
 import re
 import struct
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from evomerge.checkpoints.files import LFS_POINTER, broken, open_regular, parse_
 MAX_HEADER = 8 * 2**20
 """Largest header in bytes; real shards stay below 1 MiB."""
 MAX_TENSORS = 50_000
+MAX_VALUES = 1_000_000
 MAX_NAME = 512
 MAX_RANK = 8
 
@@ -75,7 +75,7 @@ def read_header(path: Path) -> list[TensorInfo]:
         raise broken(path, f"header is not a JSON object, it starts with {show(text[:8])}")
     if text.count(b"{") > MAX_TENSORS + 2:  # before parsing: that many objects take seconds and a gigabyte
         raise broken(path, f"more tensors than the {MAX_TENSORS:,} that one file may have")
-    header = parse_json(f"{path}: header", text, _Unique)
+    header = parse_json(f"{path}: header", text, MAX_VALUES)
     return _checked(path, header, 8 + length, size)
 
 
@@ -90,23 +90,10 @@ def _foreign(start: bytes) -> str:
     return ""
 
 
-class _Unique(dict[str, Any]):
-    """A JSON object that knows a key that came twice; None if there is none."""
-
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
-        super().__init__(pairs)
-        self.repeated: str | None = None
-        if len(self) < len(pairs):
-            self.repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
-
-
 def _checked(path: Path, header: dict[str, Any], start: int, size: int) -> list[TensorInfo]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise broken(path, "__metadata__ must map strings to strings")
-    for part in (header, metadata):
-        if isinstance(part, _Unique) and part.repeated is not None:
-            raise broken(path, f"duplicate key {show(part.repeated)} in the header")
     infos = [_tensor(path, name, entry, start) for name, entry in header.items()]
     infos.sort(key=lambda info: (info.offset, info.nbytes))
     end = start
@@ -126,10 +113,10 @@ def _tensor(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     if len(name) > MAX_NAME or not _NAME.fullmatch(name):
         raise broken(path, f"tensor name {show(name)}: expected 1 to {MAX_NAME} letters, digits and _.:-")
     where = f'{path}: tensor "{name}"'
-    if not isinstance(entry, _Unique) or _FIELDS - set(entry):
+    if not isinstance(entry, dict) or _FIELDS - set(entry):
         raise broken(where, "expected an object with dtype, shape and data_offsets")
-    if set(entry) != _FIELDS or entry.repeated is not None:
-        raise broken(where, "has duplicate or unknown fields besides dtype, shape and data_offsets")
+    if set(entry) != _FIELDS:
+        raise broken(where, "has unknown fields besides dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
         raise broken(where, f"unknown dtype {show(dtype)}; known: {', '.join(BITS)}")

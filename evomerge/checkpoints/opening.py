@@ -16,6 +16,7 @@ from evomerge.checkpoints.header import TensorInfo
 from evomerge.checkpoints.layout import layout_of
 from evomerge.checkpoints.source import Checkpoint, resolve
 from evomerge.errors import SourceError
+from evomerge.reading import is_folder
 
 if TYPE_CHECKING:
     import torch
@@ -350,7 +351,7 @@ def located(location: str, base_dir: Path) -> str:
     """
     below, above = _split(location, base_dir)
     folder = base_dir / Path(above).expanduser()
-    top = str(folder.resolve()) if folder.is_dir() else above
+    top = str(folder.resolve()) if is_folder(folder) else above
     return f"{located(below, base_dir)}+{top}" if below else top
 
 
@@ -360,12 +361,12 @@ def _split(location: str, base_dir: Path | None) -> tuple[str, str]:
     A `+` may be part of a folder's name: a folder of the whole name wins, then one behind the first `+`.
     """
     root = base_dir or Path()
-    if "+" not in location or "\0" in location or (root / Path(location).expanduser()).is_dir():
+    if "+" not in location or "\0" in location or is_folder(root / Path(location).expanduser()):
         return "", location
     cuts = [i for i, letter in enumerate(location) if letter == "+"]
     for cut in cuts:
         behind = location[cut + 1 :]
-        if behind and (root / Path(behind).expanduser()).is_dir():
+        if behind and is_folder(root / Path(behind).expanduser()):
             return location[:cut], behind
     return location[: cuts[-1]], location[cuts[-1] + 1 :]
 
@@ -373,6 +374,6 @@ def _split(location: str, base_dir: Path | None) -> tuple[str, str]:
 def _resolve(location: str, revision: str | None, base_dir: Path | None) -> Path:
     """Resolve a location that may end in `@REVISION`."""
     name, at, named = location.rpartition("@")
-    if at and name and not ((base_dir or Path()) / Path(location).expanduser()).is_dir():
+    if at and name and not is_folder((base_dir or Path()) / Path(location).expanduser()):
         return resolve(name, named, base_dir=base_dir)
     return resolve(location, revision, base_dir=base_dir)

@@ -15,6 +15,7 @@ from evomerge.checkpoints.fingerprint import hash_files, remember, sha256_text
 from evomerge.checkpoints.header import TensorInfo, read_header
 from evomerge.checkpoints.tokenizer import VOCABULARY_FILES, tokenizer_files, vocabulary
 from evomerge.errors import SourceError
+from evomerge.reading import is_folder
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,7 @@ class Checkpoint:
             SourceError: The folder is missing or anything in it is broken, unsafe or of a foreign format.
         """
         root = Path(os.path.realpath(path))
-        if not root.is_dir():
+        if not is_folder(root):
             raise broken(path, "no such checkpoint folder")
         config = _read_config(root)
         files, stored = _read_weights(root)
@@ -217,7 +218,7 @@ def resolve(location: str, revision: str | None = None, *, base_dir: Path | None
     if not location or "\0" in location:
         raise SourceError(f"source {show(location)}: expected a folder or a Hugging Face id")
     folder = (base_dir or Path()) / Path(location).expanduser()
-    if folder.is_dir():
+    if is_folder(folder):
         if revision is not None:
             raise broken(location, f"is a local folder and has no revision {show(revision)}; leave it out")
         return folder.absolute()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ _OTHER_FILES = (
     *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
     *("tokenizer.model.v3", "tokenization_config.json"),
 )
-_MAX_TOKENIZER = 256 * 2**20
+_MAX_TOKENIZER = 64 * 2**20
+_MOST_VALUES = 4_000_000  # the largest vocabularies, of 262,144 tokens, have half as many
 _MAX_ID = 2**24 - 1
+_EXPECTED = "expected model.vocab and added_tokens as the tokenizers library writes them"
 _SETTINGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -26,10 +29,14 @@ def tokenizer_files(folder: Path) -> list[Path]:
     """Return the tokenizer files in a checkpoint folder (resolved), by name; it may have none.
 
     Raises:
-        SourceError: One of them is a symlink out of the folder.
+        SourceError: One of them is a symlink out of the folder, or no regular file.
     """
-    names = [name for name in (*VOCABULARY_FILES, *_OTHER_FILES) if (folder / name).is_file()]
-    return [inside(folder, name) for name in sorted(names)]
+    names = [name for name in (*VOCABULARY_FILES, *_OTHER_FILES) if os.path.lexists(folder / name)]
+    found = [inside(folder, name) for name in sorted(names)]
+    for path in found:
+        if not path.is_file():
+            raise broken(path, "not a regular file")
+    return found
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:
@@ -42,8 +49,7 @@ def vocabulary(folder: Path) -> dict[str, int] | None:
     try:
         return None if data is None else _vocabulary(data)
     except (TypeError, ValueError, KeyError, AttributeError):
-        expected = "expected model.vocab and added_tokens as the tokenizers library writes them"
-        raise broken(folder / "tokenizer.json", expected) from None
+        raise broken(folder / "tokenizer.json", _EXPECTED) from None
 
 
 def added_tokens(folder: Path) -> dict[str, dict[str, bool]]:
@@ -56,10 +62,13 @@ def added_tokens(folder: Path) -> dict[str, dict[str, bool]]:
         SourceError: The file is broken.
     """
     data = _tokenizer_json(folder) or {}
-    return {
-        str(entry["content"]): {key: bool(entry[key]) for key in _SETTINGS if key in entry}
-        for entry in data.get("added_tokens") or ()
-    }
+    try:
+        return {
+            str(entry["content"]): {key: bool(entry[key]) for key in _SETTINGS if key in entry}
+            for entry in data.get("added_tokens") or ()
+        }
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise broken(folder / "tokenizer.json", _EXPECTED) from None
 
 
 def extended(folder: Path, tokens: Mapping[str, Mapping[str, bool]]) -> tuple[str, dict[str, int]]:
@@ -83,7 +92,10 @@ def extended(folder: Path, tokens: Mapping[str, Mapping[str, bool]]) -> tuple[st
     except Exception as error:  # the library raises bare Exception
         raise broken(path, f"the tokenizers library cannot read it ({show(str(error))})") from None
     before: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-    tokenizer.add_tokens([AddedToken(token, **settings) for token, settings in tokens.items()])
+    try:
+        tokenizer.add_tokens([AddedToken(token, **settings) for token, settings in tokens.items()])
+    except Exception as error:
+        raise broken(path, f"the tokenizers library cannot add tokens to it ({show(str(error))})") from None
     after: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     taken = {number: token for token, number in before.items()}
     for token in tokens:
@@ -95,16 +107,16 @@ def extended(folder: Path, tokens: Mapping[str, Mapping[str, bool]]) -> tuple[st
 
 def _tokenizer_json(folder: Path) -> dict[str, Any] | None:
     path = folder / "tokenizer.json"
-    return read_json(inside(folder, path.name), _MAX_TOKENIZER) if path.is_file() else None
+    return read_json(inside(folder, path.name), _MAX_TOKENIZER, _MOST_VALUES) if path.is_file() else None
 
 
 def _vocabulary(data: Mapping[str, Any]) -> dict[str, int]:
     vocab = data["model"]["vocab"]
     if isinstance(vocab, list):  # Unigram: [token, log probability], the id is the position
         vocab = {token: number for number, (token, _) in enumerate(vocab)}
-    tokens = {str(token): int(number) for token, number in vocab.items()}
+    tokens = {str(token): number for token, number in vocab.items()}
     for added in data.get("added_tokens") or ():
-        tokens[str(added["content"])] = int(added["id"])
-    if tokens and not 0 <= min(tokens.values()) <= max(tokens.values()) <= _MAX_ID:
+        tokens[str(added["content"])] = added["id"]
+    if not all(type(number) is int and 0 <= number <= _MAX_ID for number in tokens.values()):
         raise ValueError
     return tokens

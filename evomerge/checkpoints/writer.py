@@ -17,7 +17,6 @@ from typing import Any, BinaryIO, Self
 
 import torch
 
-from evomerge.checkpoints.files import one_line
 from evomerge.checkpoints.header import BITS
 from evomerge.checkpoints.whole import partial_of, remove_stale, sync
 from evomerge.errors import UserError
@@ -192,7 +191,7 @@ class Writer:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             hint = "free some space or choose another disk" if full else "choose another folder"
             reason = error.strerror or str(error)
-            raise UserError(one_line(f"{self._target}: cannot be written ({reason}); {hint}")) from None
+            raise UserError(f"{self._target}: cannot be written ({reason}); {hint}") from None
 
     def _check_space(self) -> None:
         needed = sum(shard.size for shard in self._shards)
@@ -237,11 +236,11 @@ def check_target(target: Path) -> None:
     """
     parent = target.absolute().parent
     if os.path.lexists(target):
-        raise UserError(one_line(f"{target} exists already; choose another folder or remove it"))
+        raise UserError(f"{target} exists already; choose another folder or remove it")
     if not parent.is_dir():
-        raise UserError(one_line(f"{target}: its parent folder {parent} does not exist; make it first"))
+        raise UserError(f"{target}: its parent folder {parent} does not exist; make it first")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(one_line(f"{target}: its parent folder {parent} is not writable; choose another"))
+        raise UserError(f"{target}: its parent folder {parent} is not writable; choose another")
 
 
 def _shards(plan: Sequence[PlanEntry], limit: int, metadata: Mapping[str, str]) -> list[_Shard]:

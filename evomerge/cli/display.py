@@ -12,7 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from evomerge.errors import printable
 from evomerge.progress import Progress as Step
 
 PLAIN_SECONDS = 5.0
@@ -21,8 +23,17 @@ PLAIN_SECONDS = 5.0
 MOST_TASKS = 8
 """Most columns of tasks in a table on a terminal."""
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-errors = Console(stderr=True, highlight=False)
+
+class SafeConsole(Console):
+    """Prints texts that others wrote (names, paths, reasons) so that they cannot steer the terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return a text without control characters but for line breaks."""
+        return super().render_str(printable(text, keep="\n"), **options)
+
+
+console = SafeConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
+errors = SafeConsole(stderr=True, highlight=False)
 
 
 def warn(line: str) -> None:
@@ -32,7 +43,7 @@ def warn(line: str) -> None:
 
 def print_json(data: Any) -> None:
     """Print data as JSON, the only thing on standard output."""
-    json.dump(data, sys.stdout, indent=2, allow_nan=False, ensure_ascii=False)
+    json.dump(data, sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")
 
 

@@ -79,6 +79,8 @@ def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = Fals
         console.print(data["verdict"], markup=False)
     for line in summary.evaluation_lines():
         console.print(line, markup=False, highlight=False)
+    for line in summary.optimizer_lines()[-5:]:
+        console.print(line, markup=False, soft_wrap=True)
     for failure in summary.failures()[:5]:
         console.print(
             f"candidate {failure['candidate']} {failure['status']}: {failure['reason']}",

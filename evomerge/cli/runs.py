@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from evomerge.cli.options import DEFAULT_STORE, JsonOption, SetOption, StoreOption, open_store, result_folder
+from evomerge.errors import redacted
 
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
@@ -107,9 +108,9 @@ def finish(view: RunView, store: str, *, as_json: bool) -> None:
         console.print(data["verdict"], markup=False)
     for kind, path in files.items():
         console.print(f"{kind}: {path}", soft_wrap=True, markup=False)
-    where = f" --store {store}" if store != DEFAULT_STORE else ""
+    where = f" --store {redacted(store)}" if store != DEFAULT_STORE else ""
     if where:
-        console.print(f"store: {store}", soft_wrap=True, markup=False)
+        console.print(f"store: {redacted(store)}", soft_wrap=True, markup=False)
     if view.status != "finished":
         console.print(f"run {view.name} is {status_of(view)}")
         step = f"evomerge resume {view.name}{where}"

@@ -6,6 +6,8 @@ import contextlib
 import functools
 import hashlib
 import logging
+import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from evomerge.fitness.measures import MEASURES, check_measure
 from evomerge.fitness.racing import rung_sizes
 from evomerge.fitness.scoring import KINDS, TaskRule
 from evomerge.fitness.settings import DocumentCounts, FitnessSettings, TaskSettings
-from evomerge.fitness.trust import only_trusted_functions, trusted_code
+from evomerge.fitness.trust import only_trusted_functions, trusted_code, unreadable
 from evomerge.records import SPLITS, DocumentSet
 from evomerge.seeding import stream
 from evomerge.strict import canonical_json
@@ -93,6 +95,8 @@ class TaskSet:
         self.settings = settings
         self._seed = seed
         self.code = trusted_code(settings, base_dir)
+        if settings.allow_unsafe_code:
+            os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the second consent that such metrics ask for
         self.tasks: dict[str, LoadedTask] = {}
         with lm_eval_quiet():
             for leaf in _load(settings, base_dir):
@@ -215,17 +219,19 @@ _WHERE_DATA_LIES = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata"
 
 def _load(settings: FitnessSettings, base_dir: Path) -> Iterator[_Leaf]:
     """Yield the tasks that the config reaches."""
-    from lm_eval.tasks import TaskManager
-
     adapt_templates()
     folders = [(base_dir / path).resolve() for path in settings.include_paths]
     trusted = [(base_dir / path).resolve() for path in settings.trust_code]
     paths = [str(folder) for folder in folders]
-    own = TaskManager(include_path=paths, include_defaults=False) if paths else None
+    own = _manager(paths, defaults=False) if paths else None
     known = set(own.all_tasks) if own else set()
     # Reading the thousands of built-in task files takes seconds; it is left out where own tasks suffice.
+    for task in settings.tasks:
+        remark = unreadable(folders) if task.name not in known else ""
+        if remark:
+            raise FitnessError(f'fitness.tasks.{task.name}: unknown task "{task.name}"{remark}')
     if not all(task.name in known for task in settings.tasks):
-        own = TaskManager(include_path=paths or None)
+        own = _manager(paths, defaults=True)
         known = set(own.all_tasks)
     if own is None:
         raise FitnessError("fitness.tasks: no task is given")
@@ -234,7 +240,6 @@ def _load(settings: FitnessSettings, base_dir: Path) -> Iterator[_Leaf]:
         if wanted.name not in known:
             raise FitnessError(
                 f'{where}: unknown task "{wanted.name}"{nearest(wanted.name, known) or OWN_TASKS}'
-                f"{_unreadable(folders)}"
             )
         try:
             with only_trusted_functions(trusted):
@@ -254,18 +259,17 @@ def _load(settings: FitnessSettings, base_dir: Path) -> Iterator[_Leaf]:
             before += size
 
 
-def _unreadable(folders: Sequence[Path]) -> str:
-    """Return a remark on the first task file that lm-eval skips because it cannot read it."""
-    from lm_eval.tasks._yaml_loader import load_yaml
+def _manager(paths: Sequence[str], *, defaults: bool) -> Any:
+    """Return lm-eval's register of the tasks in some folders, and of its own if wanted."""
+    from lm_eval.tasks import TaskManager
 
-    for folder in folders:
-        for file in sorted(folder.rglob("*.yaml")):
-            try:
-                load_yaml(file, resolve_func=False)
-            except Exception as problem:  # whatever the reader raises
-                text = " ".join(str(problem).split())
-                return f" ({file} cannot be read: {text})"
-    return ""
+    try:
+        return TaskManager(include_path=list(paths) or None, include_defaults=defaults)
+    except Exception as problem:  # whatever its reader raises
+        text = (str(problem).splitlines() or [""])[0]
+        raise FitnessError(
+            f"fitness.include_paths: task files cannot be read: {type(problem).__name__}: {text}"
+        ) from problem
 
 
 def _rule(where: str, leaf: _Leaf) -> TaskRule:
@@ -353,11 +357,13 @@ def lm_eval_quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     bar = task_module.tqdm
     task_module.tqdm = functools.partial(bar, disable=True)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         task_module.tqdm = bar
         for logger, level in zip(loggers, levels, strict=True):

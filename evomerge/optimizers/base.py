@@ -24,6 +24,13 @@ HOPELESS = 50
 """A steady-state optimizer stops once this many outcomes came back and none of them has a score."""
 
 
+FLAT = 200
+"""A steady-state optimizer stops once this many outcomes have scores and no two of them differ."""
+
+STALE = 200
+"""A steady-state optimizer says so when this many outcomes in a row brought no better score."""
+
+
 class StateError(UserError):
     """A snapshot or a recorded proposal is not what this optimizer would have made."""
 
@@ -179,13 +186,22 @@ class Optimizer(ABC):
 class SteadyOptimizer(Optimizer):
     """An optimizer without generations, rebuilt on resume from all its proposals and outcomes.
 
-    It finishes when the first `HOPELESS` outcomes are all failures.
+    It finishes when the first `HOPELESS` outcomes are all failures, or when the first `FLAT` scores are
+    equal, and leaves a note when `STALE` outcomes in a row brought nothing better.
+
+    Attributes:
+        climbs: Whether equal scores mean that there is nothing to find.
     """
+
+    climbs: bool = True
 
     def __init__(self, dimensions: Sequence[Dimension], seed: int, start: Genome | None = None) -> None:
         super().__init__(dimensions, seed, start)
         self._scored = 0
         self._failed = 0
+        self._best: float | None = None
+        self._equal = True
+        self._stale = 0
 
     def state(self) -> dict[str, Any] | None:
         """Return None: it is rebuilt from its proposals and outcomes."""
@@ -198,8 +214,21 @@ class SteadyOptimizer(Optimizer):
     def _take(self, index: int, score: float | None) -> None:
         self._scored += score is not None
         self._failed += score is None
-        hopeless = self._scored == 0 and self._failed >= HOPELESS
-        self.finished = f"all of the first {self._failed} candidates failed" if hopeless else ""
+        self._count(score)
+        self.finished = ""
+        if self._scored == 0 and self._failed >= HOPELESS:
+            self.finished = f"all of the first {self._failed} candidates failed"
+        elif self.climbs and self._equal and self._scored >= FLAT:
+            self.finished = f"every score so far is {self._best:g}: there is nothing to climb"
+
+    def _count(self, score: float | None) -> None:
+        before = self._best
+        if score is not None:
+            self._equal = self._equal and before in (None, score)
+            self._best = score if before is None else max(before, score)
+        self._stale = 0 if self._best != before else self._stale + 1
+        if self._stale == STALE and before is not None:
+            self._notes.append(f"no better candidate than {before:g} in the last {STALE} outcomes")
 
 
 def _short(proposal: Proposal | None) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import median_low
 from typing import Any
 
+from evomerge.errors import ConfigError
 from evomerge.optimizers.base import Optimizer, StateError
 from evomerge.optimizers.cma_models import MixedModel, Model, RealModel, default_population
 from evomerge.optimizers.packing import pack, unpack
@@ -18,6 +19,9 @@ from evomerge.spaces.dimensions import Dimension
 
 LARGEST_GROWTH = 8
 """The population grows at restarts to at most this many times the first one."""
+
+MOST_FULL = 1000
+"""Free dimensions up to which a real space may have a full covariance."""
 
 PATIENCE = 3
 """How many generations in a row may all fail, or all score the same, and how often the latter may restart."""
@@ -159,6 +163,11 @@ class CmaEs(Optimizer):
         if any(dimension.free and dimension.kind != "real" for dimension in self.dimensions):
             return MixedModel(self.dimensions, population, settings.sigma, start)
         separable = self._free() > settings.separable_above
+        if not separable and self._free() > MOST_FULL:
+            raise ConfigError(
+                f"optimizer.separable_above: a full covariance over {self._free():,} free dimensions takes "
+                f"minutes a generation; expected at most {MOST_FULL:,}, got {settings.separable_above:,}"
+            )
         return RealModel(
             self.dimensions,
             population,

@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from evomerge.errors import ConfigError, FitnessError
+from evomerge.optimizers import base
 from evomerge.optimizers.base import SteadyOptimizer
 from evomerge.optimizers.niches_archive import Archive, EliteGrid, NicheArchive
 from evomerge.optimizers.niches_coding import BoxCoding, Coding
@@ -47,6 +48,7 @@ class Niches(SteadyOptimizer):
     rank_based = False
     ordered_replay = True
     rounding = 1e-9
+    climbs = False  # equal scores may come from other documents, and then there is something to combine
 
     def __init__(
         self,
@@ -89,6 +91,8 @@ class Niches(SteadyOptimizer):
         self._evolution: Evolution | None = None
         self._waiting: dict[int, Table] = {}
         self._alike = False
+        self._first: Array | None = None
+        self._differ = False
         self.parents: dict[int, tuple[int, ...]] = {}
 
     @property
@@ -115,6 +119,7 @@ class Niches(SteadyOptimizer):
         table = self._waiting.pop(index)
         if row is not None:
             self._admit(index, table, row)
+            self._end_if_alike(row)
 
     def adopt(self, proposal: Proposal) -> None:
         """Take over, on resume, the next proposal of the original run."""
@@ -173,6 +178,13 @@ class Niches(SteadyOptimizer):
             )
         self._evolution.add(index, table, row)
         self._note_if_alike(index, self._evolution.archive.scores)
+
+    def _end_if_alike(self, row: Array) -> None:
+        """Finish when many answered and none otherwise than the first: there is nothing to combine."""
+        self._first = row if self._first is None else self._first
+        self._differ = self._differ or bool((row != self._first).any())
+        if not self._differ and self._scored >= base.FLAT:
+            self.finished = f"all {self._scored} candidates so far answer alike: there is nothing to climb"
 
     def _note_if_alike(self, index: int, scores: Array) -> None:
         alike = len(scores) >= self.settings.size and bool((scores == scores[0]).all())

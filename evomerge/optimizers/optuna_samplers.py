@@ -31,6 +31,9 @@ from evomerge.records import Genome, Proposal
 from evomerge.seeding import derive
 from evomerge.spaces.dimensions import Dimension, check_genome
 
+_MOST_FREE = {"tpe": 5000, "gp": 1000, "cmaes": 500, "nsga2": 20_000, "qmc": 20_000}
+"""Free dimensions up to which a sampler proposes within some seconds."""
+
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -71,6 +74,12 @@ class OptunaSampler(SteadyOptimizer):
             raise ConfigError(
                 "optimizer.sampler: Optuna's cmaes draws categorical dimensions blindly; "
                 'use tpe, nsga2, or the optimizer "cma_es"'
+            )
+        free = sum(one.free for one in self.dimensions)
+        if free > _MOST_FREE[sampler]:
+            raise ConfigError(
+                f"optimizer.sampler: {sampler} takes too long over {free:,} free dimensions, at most "
+                f'{_MOST_FREE[sampler]:,}; use the optimizer "cma_es" or "niches", or a coarser granularity'
             )
         self._distributions = {
             f"d{place:05d}": _distribution(dimension) for place, dimension in enumerate(self.dimensions)

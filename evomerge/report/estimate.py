@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.config import RunConfig
+from evomerge.errors import FitnessError
+from evomerge.fitness.tasks import LoadedTask, lm_eval_quiet
 from evomerge.plan import Plan
 
 CPU_FLOPS_PER_CORE = 2e10
@@ -92,19 +94,32 @@ def _tokens_per_document(plan: Plan) -> float:
     """Return the tokens forwarded for one search document, guessed from the length of a few."""
     if plan.tasks is None:
         return 0.0
-    lengths = []
-    for loaded in plan.tasks.tasks.values():
-        task = loaded.task
-        for i in loaded.ids["search"][:5]:
-            document = task.eval_docs[i]
-            text = len(str(task.doc_to_text(document))) * (1 + (task.config.num_fewshot or 0))
-            rows, written = 1, 0
-            if task.OUTPUT_TYPE == "multiple_choice":
-                rows = len(task.doc_to_choice(document))
-            elif task.OUTPUT_TYPE == "generate_until":
-                written = 4 * int((task.config.generation_kwargs or {}).get("max_gen_toks", 256))
-            lengths.append(rows * text / 4 + written / 4 + 1)
+    lengths: list[float] = []
+    for name, loaded in plan.tasks.tasks.items():
+        try:
+            with lm_eval_quiet():
+                lengths += _lengths(loaded)
+        except Exception as problem:  # whatever templates and documents that do not fit each other raise
+            text = (str(problem).splitlines() or [""])[0]
+            raise FitnessError(
+                f"fitness.tasks.{name}: its prompts cannot be built: {type(problem).__name__}: {text}"
+            ) from problem
     return sum(lengths) / len(lengths)
+
+
+def _lengths(loaded: LoadedTask) -> list[float]:
+    """Return the tokens of the first search documents of a task, at four characters each."""
+    task, lengths = loaded.task, []
+    for i in loaded.ids["search"][:5]:
+        document = task.eval_docs[i]
+        text = len(str(task.doc_to_text(document))) * (1 + (task.config.num_fewshot or 0))
+        rows, written = 1, 0
+        if task.OUTPUT_TYPE == "multiple_choice":
+            rows = len(task.doc_to_choice(document))
+        elif task.OUTPUT_TYPE == "generate_until":
+            written = 4 * int((task.config.generation_kwargs or {}).get("max_gen_toks", 256))
+        lengths.append(rows * text / 4 + written / 4 + 1)
+    return lengths
 
 
 def _hours(seconds: float) -> str:

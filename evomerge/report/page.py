@@ -12,7 +12,6 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from evomerge.checkpoints.files import one_line
 from evomerge.checkpoints.whole import write_whole
 from evomerge.errors import RecipeError, UserError
 from evomerge.recipe import Recipe, Rule, parse_recipe
@@ -52,13 +51,13 @@ def write_report(run: RunView, target: Path) -> Path:
         UserError: The file cannot be written, or the store cannot be read.
     """
     if target.is_dir():
-        raise UserError(one_line(f"{target}: it is a directory; give the name of a file"))
+        raise UserError(f"{target}: it is a directory; give the name of a file")
     page = render(run).encode("utf-8")
     try:
         write_whole(target, page)
     except OSError as problem:
         text = f"{target}: the report cannot be written ({problem.strerror}); choose another file"
-        raise UserError(one_line(text)) from None
+        raise UserError(text) from None
     return target
 
 
@@ -108,6 +107,7 @@ def _context(summary: Summary) -> dict[str, Any]:
         "drift": [line for e in events if e.kind == "drift_accepted" for line in e.data.get("changes", [])],
         "sessions": sum(event.kind == "started" for event in events),
         "ended": [str(e.data.get("reason", "")) for e in events if e.kind == "optimizer_finished"],
+        "noted": [str(e.data.get("note", "")) for e in events if e.kind == "optimizer"],
         "facts": run.facts,
         "optimizer": (run.config.get("optimizer") or {}).get("name"),
         "seed": run.config.get("seed", 0),

@@ -164,6 +164,11 @@ class Summary:
             if o.score is None
         ]
 
+    def optimizer_lines(self) -> list[str]:
+        """Return what the optimizer did by itself: restarts, plateaus, and why it ended, if it did."""
+        told = {"optimizer": "note", "optimizer_finished": "reason"}
+        return [f"optimizer: {e.data[told[e.kind]]}" for e in self.run.events() if e.kind in told]
+
     def evaluation(self) -> dict[str, float]:
         """Return what scoring took over all outcomes: tokens, documents, and what was saved.
 
@@ -264,6 +269,7 @@ class Summary:
             "looks_at_test": sum(event.kind == "test_opened" for event in run.events()),
             "seconds": self.seconds(),
             "evaluation": self.evaluation(),
+            "optimizer": self.optimizer_lines(),
         }
 
 

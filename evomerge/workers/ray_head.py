@@ -9,21 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import socket
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from evomerge.errors import UserError
-
-FOLDERS = Path("/tmp")  # noqa: S108
-"""Where our own Ray keeps its sockets, whose paths may have at most 107 characters."""
-
-FOLDER_PREFIX = "evomerge-ray-"
+from evomerge.workers.own_ray import OwnRay, prepare_own
 
 HEAD = ("gcs_server", "raylet")
 """The processes without which our own Ray is none."""
@@ -53,7 +46,7 @@ class RayHead:
         self.ray: Any = None
         self.own = False
         self._wanted = address
-        self._folder = ""
+        self._ours: OwnRay | None = None
         self._parts: list[psutil.Process] = []
         self._address: tuple[str, int] | None = None
         self._looked = self._answered = 0.0
@@ -66,6 +59,8 @@ class RayHead:
         """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        if not self._wanted:
+            prepare_own()
         import ray
 
         self.ray = ray
@@ -85,10 +80,7 @@ class RayHead:
         self._answered = time.monotonic()
 
     def _start(self, quiet: dict[str, Any]) -> None:
-        _sweep()
-        self.own = True
-        self._folder = tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-", dir=FOLDERS)
-        self.ray.init(address="local", include_dashboard=False, _temp_dir=self._folder, **quiet)
+        self._ours, self.own = OwnRay(self.ray, **quiet), True
         self._parts = [part for part in psutil.Process().children() if _name(part) in HEAD]
 
     def gone(self) -> str:
@@ -106,12 +98,10 @@ class RayHead:
 
     def stop(self) -> None:
         """Stop our own Ray; leave a cluster alone."""
-        if not self.own or self.ray is None:
-            return
-        self.own = False
-        with contextlib.suppress(Exception):
-            self.ray.shutdown()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        ours, self._ours, self.own = self._ours, None, False
+        if ours is not None:
+            with contextlib.suppress(Exception):
+                ours.stop()
 
 
 def _name(process: psutil.Process) -> str:
@@ -136,11 +126,3 @@ def _answers(address: tuple[str, int]) -> bool:
     except OSError:
         return False
     return True
-
-
-def _sweep() -> None:
-    """Remove what drivers that were killed left behind."""
-    for folder in FOLDERS.glob(f"{FOLDER_PREFIX}*-*"):
-        pid = folder.name.removeprefix(FOLDER_PREFIX).partition("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)

@@ -30,6 +30,9 @@ START_ATTEMPTS = 3
 RAY_STARTS = 3
 """How often our own Ray is started anew without a single outcome in between."""
 
+STORE_SECRETS = ("EVOMERGE_STORE", "PGPASSWORD")
+"""Environment variables that workers get empty."""
+
 GROW_SECONDS = 0.5
 """Least time between looks at whether the cluster has room for more workers."""
 
@@ -118,6 +121,8 @@ class RayPool(Pool):
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "TOKENIZERS_PARALLELISM": "false",
+            # Workers never open the store, so its password has no business in their environment.
+            **{name: "" for name in STORE_SECRETS if name in os.environ},
             **passed,
         }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from evomerge.errors import CandidateError, EngineError, EvomergeError
+from evomerge.errors import CandidateError, EngineError, EvomergeError, redacted
 from evomerge.fitness.function import evaluate_function, load_function
 from evomerge.fitness.harness import Evaluation, Harness
 from evomerge.fitness.racing import Race
@@ -116,6 +116,6 @@ class Worker:
             candidate=job.candidate,
             documents=job.documents,
             status="invalid" if status == "invalid" else "failed",
-            reason=reason,
+            reason=redacted(reason),
             cost={"total": seconds},
         )

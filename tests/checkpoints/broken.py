@@ -158,7 +158,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "31c name with NUL": (named("a\0b"), "tensor name"),
     "31d name with newline": (named("a\nb"), "tensor name"),
     "31e long name": (named("a" * 600), "tensor name"),
-    "31f surrogate": (header('{"\\ud800": 1}'), "tensor name"),
+    "31f surrogate": (header('{"\\ud800": 1}'), "half a character"),
     "32 rank 10000": (entry(shape=[1] * 10_000), "shape"),
     "33a 60000 tensors": (
         header({f"t{n}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for n in range(60_000)}, b""),

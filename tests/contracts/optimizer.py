@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from evomerge.optimizers import Optimizer, StateError, create
+from evomerge.optimizers import Optimizer, StateError, base, create
 from evomerge.records import Genome, Proposal
 from evomerge.seeding import stream
 from evomerge.spaces.dimensions import Dimension, check_genome
@@ -53,7 +53,7 @@ class OptimizerContract:
     dimensions: tuple[Dimension, ...] = REALS
     budget: int = 60
     lag: int = 3
-    big: int = 200
+    big: int = 2000
     """Dimensions of the large space; 0 leaves it out."""
 
     # -- helpers ------------------------------------------------------------------------------------------
@@ -347,6 +347,30 @@ class OptimizerContract:
         if case == "constant" and optimizer.generational:
             assert "equal" in "".join(optimizer.drain_notes())
             assert optimizer.drain_notes() == []
+
+    def test_where_there_is_nothing_to_climb_it_ends_or_says_so(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(base, "FLAT", 24)
+        optimizer = self.make()
+        self.drive(optimizer, lambda _: 0.25, budget=2000 if optimizer.generational else 30)
+        said = [optimizer.finished, *optimizer.drain_notes()]
+        assert any("nothing to climb" in text or "alike" in text for text in said), said
+
+    def test_a_plateau_restarts_it_or_is_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The first score is the best for ever; the others differ from each other, and none is better."""
+        monkeypatch.setattr(base, "STALE", 24)
+        optimizer = self.make()
+        budget = 3000 if optimizer.generational else 40
+        notes: list[str] = []
+
+        def score(proposal: Proposal) -> Score:
+            notes.extend(optimizer.drain_notes())
+            return 1.0 if proposal.index == 0 else -stream(5, "plateau", proposal.index).random()
+
+        self.drive(optimizer, score, budget)
+        notes += optimizer.drain_notes()
+        assert any("no better candidate" in note or "restart" in note for note in notes), notes
 
     def test_one_dimension(self) -> None:
         kind = self.dimensions[-1].kind

@@ -259,12 +259,32 @@ def test_convergence_and_divergence_restart():
     assert optimizer.asked == 3000
 
 
-def test_a_collapsed_covariance_restarts():
-    optimizer = create("cma_es", REALS, 1)
-    optimizer._numbers["_C"] = np.zeros((5, 5))
-    drive(optimizer, lambda genome: quality(REALS, genome), 60)
-    assert "numerical breakdown" in optimizer.drain_notes()[0]
+@pytest.mark.parametrize("space", [REALS, ORDERED, MIXED], ids=["real", "ordered", "mixed"])
+@pytest.mark.parametrize("damage", ["zeros", "a huge condition"])
+def test_a_degenerate_covariance_restarts_with_a_reason(space, damage):
+    optimizer = create("cma_es", space, 1)
+    size = len(optimizer._numbers["_C"])
+    covariance = {
+        "zeros": np.zeros((size, size)),
+        "a huge condition": np.diag([1.0] * (size - 1) + [1e-30]),
+    }
+    optimizer._numbers["_C"] = covariance[damage]
+    drive(optimizer, lambda genome: quality(space, genome), 60)
+    note = optimizer.drain_notes()[0]
+    assert "breakdown" in note or "condition" in note
     assert not optimizer.finished
+
+
+def test_it_climbs_although_a_third_of_the_candidates_fails():
+    chance = stream(2, "fails")
+    optimizer = create("cma_es", REALS, 1)
+    drive(optimizer, lambda genome: None if chance.random() < 0.3 else quality(REALS, genome), 600)
+    assert quality(REALS, optimizer.recommendation()[0]) > -0.01
+
+
+def test_a_full_covariance_over_thousands_of_dimensions_is_refused():
+    with pytest.raises(ConfigError, match=r"separable_above: a full covariance over 2,000 .* at most 1,000"):
+        create("cma_es", [Dimension(f"x{i}", "real") for i in range(2000)], 1, {"separable_above": 3000})
 
 
 def test_a_start_in_a_corner_is_fine():

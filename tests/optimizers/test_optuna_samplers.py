@@ -7,6 +7,7 @@ import pytest
 
 from evomerge.errors import ConfigError
 from evomerge.optimizers import create
+from evomerge.spaces.dimensions import Dimension
 from tests.contracts.optimizer import MIXED, ORDERED, REALS, OptimizerContract
 
 
@@ -36,6 +37,7 @@ class TestSobol(OptimizerContract):
     name = "optuna"
     settings: ClassVar = {"sampler": "qmc"}
     dimensions = MIXED
+    big = 200
 
 
 class TestHalton(OptimizerContract):
@@ -102,6 +104,13 @@ def test_the_sequence_does_not_depend_on_outcomes():
         return [proposal.genome for proposal in asked]
 
     assert genomes(None) == genomes(1.0)
+
+
+@pytest.mark.parametrize(("sampler", "most"), [("cmaes", "500"), ("gp", "1,000"), ("tpe", "5,000")])
+def test_more_dimensions_than_a_sampler_can_take_are_refused(sampler, most):
+    space = [Dimension(f"x{i}", "real") for i in range(6000)]
+    with pytest.raises(ConfigError, match=f"sampler: {sampler} takes too long over 6,000 .* at most {most}"):
+        create("optuna", space, 1, {"sampler": sampler})
 
 
 def test_cmaes_refuses_categories():

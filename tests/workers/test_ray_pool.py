@@ -150,3 +150,14 @@ def test_closing_leaves_no_worker_behind(world: Path) -> None:
         deadline -= 1
         found = subprocess.run(["pgrep", "-fc", "ray::_Actor"], capture_output=True, text=True, check=False)
     assert found.stdout.strip() == "0"
+
+
+def test_a_source_that_is_cut_off_while_it_is_mapped_stops_the_run_with_its_name(world: Path) -> None:
+    """Reading behind the new end kills a worker (SIGBUS); the one that takes its place says what is wrong."""
+    plan = plan_of(world, *RAY, "workers.count=1", "workers.memory_gib=0.000001")
+    with make_pool(plan) as pool:
+        run_all(pool, jobs_of(plan, 2))
+        os.truncate(world / "two" / "model.safetensors", 3000)
+        with pytest.raises(UserError, match=r"two/model.safetensors: cut off"):
+            run_all(pool, jobs_of(plan, 4))
+        assert pool.state().deaths >= 1

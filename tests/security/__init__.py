@@ -1,0 +1,1 @@
+"""What nobody may do to a run: each test is named in docs/threat-model.md."""
