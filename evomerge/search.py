@@ -59,7 +59,7 @@ class Search:
         self._since_best = 0
         racing = plan.config.fitness.racing
         self._races = None if racing is None else Races(racing.rungs, racing.error)
-        self._notes = {event.data["note"] for event in run.events() if event.kind == "optimizer"}
+        self._notes = {event.data["note"] for event in run.events(kind="optimizer")}
         self._recorded: set[str] = set()
         self.stopping = False
 
@@ -252,7 +252,7 @@ class Search:
                 first = f"; the first failure: {reasons[0]}" if reasons else ""
                 raise FitnessError(f"no finalist could be scored on the select documents{first}")
             return
-        looks = sum(event.kind == "test_opened" for event in self._run.events())
+        looks = len(self._run.events(kind="test_opened"))
         known = {number for number, key in self._outcomes if key == "test"}
         if best not in known:
             self._run.add_event("test_opened", {"winner": best, "look": looks + 1})

@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from evomerge.cli import adapters, inspect, look, models, population, runs, soup
+from evomerge.cli import adapters, inspect, look, models, population, runs, service, soup
 from evomerge.errors import LostRunError, UserError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ for command in (
     *adapters.COMMANDS,
     *soup.COMMANDS,
     *inspect.COMMANDS,
+    *service.COMMANDS,
 ):
     app.command()(command)
 app.add_typer(population.app)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from evomerge.store import RunView, Store
 
 ConfigArgument = Annotated[Path, typer.Argument(help="The run config, a YAML file.", show_default=False)]
+BaseOption = Annotated[
+    Path | None,
+    typer.Option("--relative-to", help="What its paths are relative to [the config's folder]."),
+]
 WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Number of workers.")]
 
 
@@ -24,6 +28,7 @@ def run(
     config: ConfigArgument,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run [as in the config].")] = None,
     workers: WorkersOption = None,
+    relative_to: BaseOption = None,
     overrides: SetOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -35,7 +40,7 @@ def run(
     given += [f"name={name}"] if name else []
     given += [f"workers.count={workers}"] if workers else []
     parsed = read_config(config, given)
-    base_dir = config.parent.resolve()
+    base_dir = (relative_to or config.parent).resolve()
     where = store or _store_of(parsed, base_dir) or DEFAULT_STORE
     with open_store(where, create=True) as opened:
         view = drive(parsed, base_dir, opened)
@@ -158,6 +163,7 @@ def _store_of(config: RunConfig, base_dir: Path) -> str | None:
 
 def validate(
     config: ConfigArgument,
+    relative_to: BaseOption = None,
     overrides: SetOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -168,7 +174,7 @@ def validate(
     from evomerge.report.estimate import estimate
     from evomerge.sourcing import names_runs, with_recipes
 
-    parsed, base_dir = read_config(config, overrides or []), config.parent.resolve()
+    parsed, base_dir = read_config(config, overrides or []), (relative_to or config.parent).resolve()
     if names_runs(parsed):
         with open_store(store or _store_of(parsed, base_dir)) as opened:
             parsed = with_recipes(parsed, base_dir, opened)

@@ -20,6 +20,9 @@ from evomerge.fitness.selection import (
 from evomerge.records import Candidate, Outcome
 from evomerge.store import RunView
 
+FAILED_SHOWN = 5
+"""How many outcomes without a score `show` lists."""
+
 
 class Summary:
     """A run's candidates and outcomes, and what follows from them.
@@ -261,9 +264,11 @@ class Summary:
             "gain": found[0] if found else None,
             "gains": found,
             "verdict": self.verdict,
-            "looks_at_test": sum(event.kind == "test_opened" for event in run.events()),
+            "looks_at_test": len(run.events(kind="test_opened")),
             "seconds": self.seconds(),
             "evaluation": self.evaluation(),
+            "notes": self.evaluation_lines(),
+            "failed": self.failures()[:FAILED_SHOWN],
         }
 
 

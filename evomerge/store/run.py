@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Row, bindparam, delete, exists, func, insert,
 from evomerge.errors import LostRunError, StoreError
 from evomerge.records import Candidate, DocumentSet, Outcome
 from evomerge.store.tables import (
+    ACTIVITY,
     CANDIDATES,
     DOCUMENT_SETS,
     EVENTS,
@@ -65,7 +66,7 @@ class Run(RunView):
         with self._writing(updated=now()) as connection:
             following = connection.execute(
                 select(func.coalesce(func.max(CANDIDATES.c.number) + 1, 0)).where(
-                    CANDIDATES.c.run_id == self._id
+                    CANDIDATES.c.run_id == self.id
                 )
             ).scalar_one()
             numbers = [row["number"] for row in rows]
@@ -77,7 +78,7 @@ class Run(RunView):
             connection.execute(insert(CANDIDATES), rows)
 
     def add_outcome(self, outcome: Outcome, fitness_digest: str) -> None:
-        """Record an outcome.
+        """Record an outcome, and an event `outcome` that says so.
 
         Args:
             outcome: Of a recorded candidate, on documents on which it has none yet.
@@ -90,6 +91,8 @@ class Run(RunView):
         row = self._outcome_row(outcome, fitness_digest)
         key = {name: row[name] for name in ("run_id", "candidate", "documents")}
         where = f'run "{self.name}": candidate {outcome.candidate}'
+        said = {name: row[name] for name in ("candidate", "documents", "status", "score")}
+        event = pack(said, where)
         with self._writing(updated=now()) as connection:
             known, taken = connection.execute(_KNOWN_AND_TAKEN, key).one()
             if not known:
@@ -97,9 +100,10 @@ class Run(RunView):
             if taken:
                 raise StoreError(f'{where} has an outcome on "{outcome.documents}" already; it is kept')
             connection.execute(insert(OUTCOMES).values(**row, recorded=now()))
-            tally = {"run_id": self._id, "split": row["split"], "status": row["status"]}
+            tally = {"run_id": self.id, "split": row["split"], "status": row["status"]}
             if not connection.execute(_COUNT_ONE_MORE, {f"at_{k}": v for k, v in tally.items()}).rowcount:
                 connection.execute(insert(TALLIES), {**tally, "number": 1})
+            self._append_event(connection, "outcome", event)
 
     def tell(self, numbers: Sequence[int], documents: str, snapshot: Snapshot | None = None) -> None:
         """Record that the optimizer was told outcomes, and its state after that, both or neither.
@@ -115,7 +119,7 @@ class Run(RunView):
         """
         with self._writing(updated=now()) as connection:
             before = connection.execute(
-                select(func.coalesce(func.max(OUTCOMES.c.told) + 1, 0)).where(OUTCOMES.c.run_id == self._id)
+                select(func.coalesce(func.max(OUTCOMES.c.told) + 1, 0)).where(OUTCOMES.c.run_id == self.id)
             ).scalar_one()
             if numbers:
                 self._mark_told(connection, numbers, documents, before)
@@ -138,11 +142,11 @@ class Run(RunView):
         with self._writing(updated=now()) as connection:
             known = connection.execute(
                 select(DOCUMENT_SETS.c.ids).where(
-                    DOCUMENT_SETS.c.run_id == self._id, DOCUMENT_SETS.c.key == key
+                    DOCUMENT_SETS.c.run_id == self.id, DOCUMENT_SETS.c.key == key
                 )
             ).scalar_one_or_none()
             if known is None:
-                connection.execute(insert(DOCUMENT_SETS).values(run_id=self._id, key=key, ids=text))
+                connection.execute(insert(DOCUMENT_SETS).values(run_id=self.id, key=key, ids=text))
             elif known != text:
                 raise StoreError(
                     f'run "{self.name}": the documents of "{key}" changed since the run began;'
@@ -171,15 +175,28 @@ class Run(RunView):
     def add_event(self, kind: str, data: Mapping[str, Any]) -> None:
         """Append an event."""
         text = pack(dict(data), f'event "{kind}"')
+        with self._writing(updated=now()) as connection:
+            self._append_event(connection, kind, text)
+
+    def _append_event(self, connection: Connection, kind: str, text: str) -> None:
         following = (
             select(func.coalesce(func.max(EVENTS.c.id), 0) + 1)
-            .where(EVENTS.c.run_id == self._id)
+            .where(EVENTS.c.run_id == self.id)
             .scalar_subquery()
         )
-        with self._writing(updated=now()) as connection:
-            connection.execute(
-                insert(EVENTS).values(run_id=self._id, id=following, at=now(), kind=kind, data=text)
+        connection.execute(
+            insert(EVENTS).values(run_id=self.id, id=following, at=now(), kind=kind, data=text)
+        )
+
+    def set_activity(self, data: Mapping[str, Any]) -> None:
+        """Replace what the workers do at the moment."""
+        values = {"at": now(), "data": pack(dict(data), "the activity")}
+        with self._writing() as connection:
+            changed = connection.execute(
+                update(ACTIVITY).where(ACTIVITY.c.run_id == self.id).values(**values)
             )
+            if not changed.rowcount:
+                connection.execute(insert(ACTIVITY).values(run_id=self.id, **values))
 
     def heartbeat(self) -> None:
         """Show that the driver is alive; due every few seconds while nothing else is written."""
@@ -199,7 +216,7 @@ class Run(RunView):
         with self._store.writing() as connection:
             held = connection.execute(
                 update(RUNS)
-                .where(RUNS.c.id == self._id, RUNS.c.epoch == self._held, RUNS.c.owner.is_not(None))
+                .where(RUNS.c.id == self.id, RUNS.c.epoch == self._held, RUNS.c.owner.is_not(None))
                 .values(heartbeat=now(), **changes)
             )
             if held.rowcount != 1:
@@ -207,7 +224,7 @@ class Run(RunView):
             yield connection
 
     def _refusal(self, connection: Connection) -> Exception:
-        current = connection.execute(select(RUNS.c.epoch).where(RUNS.c.id == self._id)).scalar_one_or_none()
+        current = connection.execute(select(RUNS.c.epoch).where(RUNS.c.id == self.id)).scalar_one_or_none()
         if current == self._held:
             return StoreError(f'run "{self.name}": this driver released it; take it again to write')
         return LostRunError(f"lost run {self.name}: epoch {self._held}, now {current}")
@@ -215,7 +232,7 @@ class Run(RunView):
     def _candidate_row(self, candidate: Candidate, told_before: int) -> dict[str, Any]:
         what = f'run "{self.name}": candidate {candidate.number}'
         return {
-            "run_id": self._id,
+            "run_id": self.id,
             "number": candidate.number,
             "origin": candidate.origin,
             "generation": candidate.generation,
@@ -231,7 +248,7 @@ class Run(RunView):
         record = outcome.to_json()
         values = record.pop("values")
         return {
-            "run_id": self._id,
+            "run_id": self.id,
             "candidate": outcome.candidate,
             "documents": outcome.documents,
             "split": DocumentSet.of_key(outcome.documents).split,
@@ -245,12 +262,12 @@ class Run(RunView):
         }
 
     def _mark_told(self, connection: Connection, numbers: Sequence[int], documents: str, before: int) -> None:
-        keys = {"at_run": self._id, "at_documents": documents}
+        keys = {"at_run": self.id, "at_documents": documents}
         connection.execute(
             _MARK_TOLD, [{**keys, "at_number": n, "place": before + i} for i, n in enumerate(numbers)]
         )
         marked = connection.execute(
-            select(func.count()).where(OUTCOMES.c.run_id == self._id, OUTCOMES.c.told >= before)
+            select(func.count()).where(OUTCOMES.c.run_id == self.id, OUTCOMES.c.told >= before)
         ).scalar_one()
         if marked != len(numbers):
             raise StoreError(
@@ -261,11 +278,11 @@ class Run(RunView):
     def _add_snapshot(self, connection: Connection, snapshot: Snapshot) -> None:
         state = squeeze(dict(snapshot.state), f'run "{self.name}": the optimizer\'s state')
         sequence = connection.execute(
-            select(func.coalesce(func.max(SNAPSHOTS.c.sequence), 0) + 1).where(SNAPSHOTS.c.run_id == self._id)
+            select(func.coalesce(func.max(SNAPSHOTS.c.sequence), 0) + 1).where(SNAPSHOTS.c.run_id == self.id)
         ).scalar_one()
         connection.execute(
             insert(SNAPSHOTS).values(
-                run_id=self._id,
+                run_id=self.id,
                 sequence=sequence,
                 asked=snapshot.asked,
                 told=snapshot.told,
@@ -275,7 +292,7 @@ class Run(RunView):
         )
         connection.execute(
             delete(SNAPSHOTS).where(
-                SNAPSHOTS.c.run_id == self._id, SNAPSHOTS.c.sequence <= sequence - SNAPSHOTS_KEPT
+                SNAPSHOTS.c.run_id == self.id, SNAPSHOTS.c.sequence <= sequence - SNAPSHOTS_KEPT
             )
         )
 

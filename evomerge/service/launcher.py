@@ -1,0 +1,163 @@
+"""How a driver process is started, found again and ended: the contract, and local processes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evomerge.errors import UserError
+
+LOG = "driver.log"
+KEPT_OUT = ("EVOMERGE_TOKEN", "EVOMERGE_SERVER")
+"""What a driver's environment has not got from the service's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One driver to start.
+
+    Attributes:
+        name: Of the run.
+        folder: The job's own folder; the driver works there.
+        arguments: After `evomerge`.
+        environment: What is set beside the service's own environment.
+    """
+
+    name: str
+    folder: Path
+    arguments: Sequence[str]
+    environment: Mapping[str, str]
+
+
+class Launcher(ABC):
+    """Starts drivers, and finds those again that a service before this one started.
+
+    A driver is named by its folder and by the handle that `start` returned. A service that dies between the
+    start and the recording of the handle passes an empty handle on: `alive` must know that driver by its
+    folder alone, because a driver is never started beside a living one.
+    """
+
+    @abstractmethod
+    def start(self, launch: Launch) -> Mapping[str, Any]:
+        """Start a driver; return its handle, JSON data.
+
+        Raises:
+            UserError: It cannot be started.
+        """
+
+    @abstractmethod
+    def alive(self, folder: Path, handle: Mapping[str, Any]) -> bool:
+        """Return whether the driver lives."""
+
+    @abstractmethod
+    def stop(self, folder: Path, handle: Mapping[str, Any], *, kill: bool = False) -> None:
+        """Ask a driver to end as by SIGTERM; `kill`: end it at once, with all its processes."""
+
+    @abstractmethod
+    def log(self, folder: Path, handle: Mapping[str, Any], most: int) -> str:
+        """Return the end of what the driver has written, at most so many bytes."""
+
+    def complaint(self, folder: Path, handle: Mapping[str, Any]) -> str:
+        """Return the line with which a driver that ended said what the user can mend; empty if it did not."""
+        lines = self.log(folder, handle, 8192).strip().splitlines()
+        last = lines[-1] if lines else ""
+        said = last.removeprefix("evomerge: ")
+        return "" if said in (last, "interrupted") else said
+
+
+class LocalLauncher(Launcher):
+    """Drivers as processes of this machine, each in a session of its own, so that they outlive the service.
+
+    The driver inherits a lock on a file of its folder. The kernel gives it up when the driver is gone,
+    however it went, so a living driver is known without its process id.
+    """
+
+    def __init__(self) -> None:
+        self._children: dict[Path, subprocess.Popen[bytes]] = {}
+
+    def start(self, launch: Launch) -> Mapping[str, Any]:
+        """Start a process."""
+        lock = self._lock(launch.folder)
+        if lock is None:
+            raise UserError(f'run "{launch.name}" has a living driver already')
+        environment = {k: v for k, v in os.environ.items() if k not in KEPT_OUT}
+        environment |= {"PYTHONUNBUFFERED": "1", **launch.environment}
+        try:
+            begin = self._size(launch.folder)
+            with (launch.folder / LOG).open("ab") as log:
+                child = subprocess.Popen(
+                    [sys.executable, "-m", "evomerge", *launch.arguments],
+                    cwd=launch.folder,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    pass_fds=(lock,),
+                )
+        except OSError as problem:
+            raise UserError(f'run "{launch.name}": its driver cannot be started: {problem}') from None
+        finally:
+            os.close(lock)
+        self._children[launch.folder] = child
+        return {"pid": child.pid, "log": begin}
+
+    def alive(self, folder: Path, handle: Mapping[str, Any]) -> bool:
+        """Return whether any process holds the folder's lock."""
+        del handle
+        child = self._children.get(folder)
+        if child is not None and child.poll() is not None:
+            del self._children[folder]
+        lock = self._lock(folder)
+        if lock is None:
+            return True
+        os.close(lock)
+        return False
+
+    def stop(self, folder: Path, handle: Mapping[str, Any], *, kill: bool = False) -> None:
+        """Signal the driver, or kill its session."""
+        pid = int(handle.get("pid", 0))
+        if pid <= 0 or not self.alive(folder, handle):
+            return
+        with contextlib.suppress(ProcessLookupError):
+            if kill:
+                os.killpg(pid, signal.SIGKILL)
+            else:
+                os.kill(pid, signal.SIGTERM)
+
+    def log(self, folder: Path, handle: Mapping[str, Any], most: int) -> str:
+        """Return the end of the log file, of the last driver only."""
+        try:
+            with (folder / LOG).open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(int(handle.get("log", 0)), size - most))
+                return file.read(most).decode("utf-8", "replace")
+        except OSError:
+            return ""
+
+    @staticmethod
+    def _size(folder: Path) -> int:
+        with contextlib.suppress(OSError):
+            return (folder / LOG).stat().st_size
+        return 0
+
+    @staticmethod
+    def _lock(folder: Path) -> int | None:
+        """Return a descriptor that holds the folder's lock; None if a driver has it."""
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(folder / "driver.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        return lock
