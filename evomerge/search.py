@@ -17,7 +17,7 @@ from evomerge.fitness.racing import Race, Races
 from evomerge.fitness.selection import finalists, kept_baselines, search_score, winner
 from evomerge.optimizers import Optimizer
 from evomerge.plan import Plan
-from evomerge.progress import Progress
+from evomerge.progress import Activity, Progress
 from evomerge.recipe import Recipe
 from evomerge.records import Candidate, DocumentSet, Genome, Outcome, Proposal
 from evomerge.store import Run, Snapshot
@@ -46,6 +46,7 @@ class Search:
         self, run: Run, plan: Plan, pool: Pool, listener: Callable[[Progress], None] = lambda progress: None
     ) -> None:
         self._run, self._plan, self._pool, self._listener = run, plan, pool, listener
+        self._activity = Activity(run, pool)
         self._candidates = {candidate.number: candidate for candidate in run.candidates()}
         known = run.outcomes(values=False)
         self._outcomes = {(outcome.candidate, outcome.documents): outcome for outcome in known}
@@ -313,6 +314,7 @@ class Search:
                 return
             if blocked and not running:
                 raise RuntimeError("the optimizer waits for outcomes, but none is outstanding")
+            self._activity.say(self._phase, self._done, self._total)
             for outcome in self._pool.wait(1.0):
                 running -= 1
                 self._record(outcome, take)
@@ -359,6 +361,7 @@ class Search:
     def _record(self, outcome: Outcome, take: Callable[[Outcome], None]) -> None:
         self._run.add_outcome(outcome, self._plan.fitness_digest)
         self._beat = time.monotonic()
+        self._activity.took(outcome)
         # Values of documents are read from the store when they are needed; here they would only pile up.
         self._outcomes[outcome.candidate, outcome.documents] = replace(outcome, values={})
         take(outcome)

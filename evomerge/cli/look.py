@@ -13,6 +13,7 @@ from evomerge.cli.options import (
     ServerOption,
     StoreOption,
     TokenFileOption,
+    at_service,
     open_client,
     open_store,
     result_folder,
@@ -25,6 +26,7 @@ RunArgument = Annotated[str, typer.Argument(help="Name of the run.", show_defaul
 
 
 def runs(
+    context: typer.Context,
     store: StoreOption = None,
     server: ServerOption = None,
     token_file: TokenFileOption = None,
@@ -35,7 +37,7 @@ def runs(
     from evomerge.cli.remote import oldest_first
     from evomerge.report.overview import overview
 
-    if server is not None:
+    if at_service(context, server, store):
         with open_client(server, token_file) as client:
             rows = oldest_first(client)
     else:
@@ -62,6 +64,7 @@ def runs(
 
 
 def show(
+    context: typer.Context,
     run: RunArgument,
     store: StoreOption = None,
     server: ServerOption = None,
@@ -72,7 +75,7 @@ def show(
     from evomerge.cli.display import console, print_json, result_table, task_table
     from evomerge.report.overview import shown
 
-    if server is not None:
+    if at_service(context, server, store):
         with open_client(server, token_file) as client:
             data = client.show(run)
     else:
@@ -103,6 +106,7 @@ def show(
 
 
 def watch(
+    context: typer.Context,
     run: RunArgument,
     store: StoreOption = None,
     server: ServerOption = None,
@@ -116,7 +120,7 @@ def watch(
     from evomerge.cli.remote import follow_run
     from evomerge.report.overview import LIVE, one_run
 
-    if server is not None:
+    if at_service(context, server, store):
         with open_client(server, token_file) as client:
             follow_run(client, run)
         return
@@ -147,26 +151,13 @@ def recipe(
 ) -> None:
     """Print the recipe of the winner or of any candidate."""
     from evomerge.cli.display import print_json
-    from evomerge.errors import StoreError
-    from evomerge.recipe import parse_recipe
-    from evomerge.report.summary import Summary
+    from evomerge.report.recipes import as_mergekit, recipe_of
     from evomerge.strict import dump_yaml
 
     with open_store(store) as opened:
-        view = opened.run(run)
-        number = Summary(view).best if candidate is None else candidate
-        if number is None:
-            raise StoreError(f'run "{run}": no candidate has been scored yet')
-        stored = parse_recipe(dict(view.candidate(number).recipe), f"candidate {number}")
-        found = stored.located(Path(view.facts["base_dir"]))
+        found = recipe_of(opened.run(run), candidate)
     if format == "mergekit":
-        from evomerge.checkpoints.layout import layout_of
-        from evomerge.checkpoints.opening import open_checkpoint
-        from evomerge.mergekit_writer import to_mergekit
-
-        first = found.reference
-        layout = layout_of(open_checkpoint(first.path, first.revision))
-        data = to_mergekit(found, layout)
+        data = as_mergekit(found)
         print_json(data) if as_json else typer.echo(dump_yaml(data), nl=False)
     elif as_json:
         print_json(found.to_json())

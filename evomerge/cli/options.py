@@ -91,6 +91,23 @@ def open_store(option: str | None, *, create: bool = False) -> Store:
     return Store.open(where, create=create)
 
 
+def at_service(context: typer.Context, server: str | None, store: str | None) -> bool:
+    """Return whether a command asks a service; an option counts for more than the environment.
+
+    Raises:
+        UserError: A store and a service are named alike.
+    """
+    if server is None or store is None:
+        return server is not None
+    given = [context.get_parameter_source(name) for name in ("server", "store")]
+    if given[0] == given[1]:
+        raise UserError(
+            "give either --server or --store (or EVOMERGE_SERVER or EVOMERGE_STORE), not both: "
+            f"{server} and {store}"
+        )
+    return getattr(given[0], "name", "") == "COMMANDLINE"
+
+
 def open_client(server: str | None, token_file: Path | None) -> Client:
     """Return a client of the service that the options or the environment name."""
     from evomerge.service.client import Client, token_from

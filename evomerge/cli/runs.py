@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evomerge.cli.options import DEFAULT_STORE, JsonOption, SetOption, StoreOption, open_store, result_folder
+from evomerge.cli.options import (
+    DEFAULT_STORE,
+    JsonOption,
+    ServerOption,
+    SetOption,
+    StoreOption,
+    TokenFileOption,
+    at_service,
+    open_client,
+    open_store,
+    result_folder,
+)
 
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
@@ -48,6 +59,7 @@ def run(
 
 
 def resume(
+    context: typer.Context,
     run: Annotated[str, typer.Argument(help="Name of the run.", show_default=False)],
     evaluations: Annotated[int | None, typer.Option("--evaluations", min=1, help="New budget.")] = None,
     workers: WorkersOption = None,
@@ -56,9 +68,18 @@ def resume(
     ] = False,
     overrides: SetOption = None,
     store: StoreOption = None,
+    server: ServerOption = None,
+    token_file: TokenFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Go on with a run that was stopped, killed or finished."""
+    """Go on with a run that was stopped, killed or finished; at a service, queue it."""
+    if at_service(context, server, store):
+        from evomerge.cli.remote import queue_again
+
+        wish = {"evaluations": evaluations, "workers": workers, "changes": list(overrides or [])}
+        with open_client(server, token_file) as client:
+            queue_again(client, run, {**wish, "accept_drift": accept_drift}, as_json=as_json)
+        return
     given = list(overrides or [])
     given += [f"budget.evaluations={evaluations}"] if evaluations else []
     given += [f"workers.count={workers}"] if workers else []

@@ -14,6 +14,7 @@ from evomerge.cli.options import (
     SetOption,
     StoreOption,
     TokenFileOption,
+    at_service,
     open_client,
     open_store,
 )
@@ -128,6 +129,7 @@ def submit(
 
 
 def cancel(
+    context: typer.Context,
     run: Annotated[str, typer.Argument(help="Name of the run.", show_default=False)],
     now: Annotated[
         bool, typer.Option("--now", help="Do not wait for the candidates that are running.")
@@ -142,7 +144,7 @@ def cancel(
     from evomerge.report.overview import one_run
     from evomerge.store.jobs import JobQueue
 
-    if server is not None:
+    if at_service(context, server, store):
         with open_client(server, token_file) as client:
             line = client.cancel(run, now=now)
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,12 @@ def parse_submitted(config: dict[str, Any] | str, overrides: Sequence[str] = ())
     if is_evolve_config(data):
         data = read_evolve_config(data, Path(WHERE))
     return parse_config(data, WHERE, overrides)
+
+
+def key_of(message: str) -> str | None:
+    """Return the path of the key that a message about a config begins with; None if it names none."""
+    found = re.match(r"([a-z_]+(?:\.[\w-]+)*): ", message.removeprefix(f"{WHERE}: "))
+    return found[1] if found and found[1] != WHERE else None
 
 
 def digest_of(config: RunConfig, folder: Path) -> str:

@@ -10,18 +10,20 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from evomerge import __version__
 from evomerge.errors import ConfigError, ConflictError, LimitError, MissingError, StoreError, UserError
+from evomerge.service.admission import key_of
 from evomerge.service.feed import Hub
 from evomerge.service.guard import Guard, error_body
 from evomerge.service.launcher import LocalLauncher
+from evomerge.service.metrics import Metrics
 from evomerge.service.models import ErrorAnswer, Health, Info
 from evomerge.service.parts import Parts
-from evomerge.service.routes import runs
+from evomerge.service.routes import configs, exports, results, runs
 from evomerge.service.settings import ServiceSettings
 from evomerge.service.supervisor import Supervisor
 from evomerge.store import Store
@@ -48,7 +50,8 @@ def make_parts(settings: ServiceSettings) -> Parts:
     store = Store.open(settings.store)
     queue = JobQueue(store, settings.identity)
     supervisor = Supervisor(settings, store, queue, LocalLauncher())
-    return Parts(settings, store, queue, supervisor, Hub(store, settings.most_watchers))
+    hub = Hub(store, settings.most_watchers)
+    return Parts(settings, store, queue, supervisor, hub, Metrics(store, queue, hub))
 
 
 def make_app(parts: Parts) -> Guard:
@@ -80,11 +83,12 @@ def make_app(parts: Parts) -> Guard:
     _add_errors(app)
     api = APIRouter(prefix=PREFIX)
     api.include_router(_about(parts))
-    for module in (runs,):
+    for module in (configs, runs, results, exports):
         api.include_router(module.router(parts))
     app.include_router(api)
+    _add_metrics(app, parts.metrics)
     _add_dashboard(app)
-    return Guard(app, parts.settings)
+    return Guard(app, parts.settings, parts.metrics.observe)
 
 
 def _about(parts: Parts) -> APIRouter:
@@ -115,6 +119,13 @@ def _about(parts: Parts) -> APIRouter:
     return routes
 
 
+def _add_metrics(app: FastAPI, metrics: Metrics) -> None:
+    @app.get("/metrics", tags=["service"], response_class=PlainTextResponse)
+    def prometheus() -> Response:
+        """Return figures of the service and its runs for Prometheus."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
 def _add_dashboard(app: FastAPI) -> None:
     """Serve the dashboard's files; they hold no data and need no token."""
 
@@ -130,7 +141,8 @@ def _add_errors(app: FastAPI) -> None:
     async def ours(request: Request, problem: UserError) -> JSONResponse:
         del request
         status, kind = next((s, k) for cls, s, k in _KINDS if isinstance(problem, cls))
-        return JSONResponse(error_body(kind, str(problem)), status)
+        key = key_of(str(problem)) if isinstance(problem, ConfigError) else None
+        return JSONResponse(error_body(kind, str(problem), key), status)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, problem: RequestValidationError) -> JSONResponse:

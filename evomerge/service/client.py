@@ -144,6 +144,35 @@ class Client:
         """Go on with a run; `evaluations`, `workers`, `changes`, `accept_drift`, `priority` as in the API."""
         return self._post(f"/runs/{_name(name)}/resume", wish)
 
+    def export(self, name: str, candidate: int | None = None) -> dict[str, Any]:
+        """Have a candidate, None for the winner, written as a model; return how far that is."""
+        return self._post(f"/runs/{_name(name)}/exports", {"candidate": candidate})
+
+    def export_state(self, name: str, number: int) -> dict[str, Any]:
+        """Return how far an export is, with its files once it is done."""
+        return self._get(f"/runs/{_name(name)}/exports/{number}")
+
+    def download(self, name: str, number: int, file: str, target: Path) -> None:
+        """Write one file of an export to `target`."""
+        path = f"/runs/{_name(name)}/exports/{number}/files/{_name(file)}"
+        try:
+            with self._http.stream("GET", path) as answer, target.open("xb") as out:
+                if answer.is_error:
+                    answer.read()
+                    raise _problem(answer)
+                for part in answer.iter_bytes():
+                    out.write(part)
+        except httpx.HTTPError as problem:
+            raise ServerError(f"server {self.server}: {file}: {_reason(problem)}") from None
+
+    def logs(self, name: str) -> str:
+        """Return the end of what a run's driver has written."""
+        return str(self._get(f"/runs/{_name(name)}/logs")["text"])
+
+    def workers(self, name: str) -> dict[str, Any]:
+        """Return what a run's workers do now."""
+        return self._get(f"/runs/{_name(name)}/workers")
+
     def events(self, name: str, after: int = 0) -> Iterator[Message]:
         """Yield a run's events until it has ended; a broken connection is mended without loss or repeats."""
         while True:

@@ -5,8 +5,10 @@ Plain ASGI, outside of the web framework, so that no route can be added without 
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,8 +20,12 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+Observe = Callable[[str, int, float], None]
+"""Called with method, status and seconds when an answer begins."""
 
 HEALTH = "/api/v1/health"
+BODY_SECONDS = 30.0
+"""Longest time in which a request's body may come."""
 CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; font-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -50,9 +56,9 @@ class Refused(Exception):
         self.status, self.kind, self.headers = status, kind, headers
 
 
-def error_body(kind: str, message: str) -> dict[str, Any]:
-    """Return the one shape of all errors."""
-    return {"error": {"kind": kind, "message": message}}
+def error_body(kind: str, message: str, key: str | None = None) -> dict[str, Any]:
+    """Return the one shape of all errors; `key` is the path of the config's key at fault."""
+    return {"error": {"kind": kind, "message": message, "key": key}}
 
 
 class Guard:
@@ -65,10 +71,11 @@ class Guard:
     Args:
         application: What is guarded.
         settings: The operator's, with the token.
+        observe: Told of every answer.
     """
 
-    def __init__(self, application: Application, settings: ServiceSettings) -> None:
-        self._application, self._settings = application, settings
+    def __init__(self, application: Application, settings: ServiceSettings, observe: Observe) -> None:
+        self._application, self._settings, self._observe = application, settings, observe
         own = {settings.host, *settings.hosts}
         self._hosts = own | set(LOOPBACK) if settings.host in LOOPBACK else own
         self._token = settings.token.encode()
@@ -80,12 +87,12 @@ class Guard:
                 await self._application(scope, receive, send)
             return  # a websocket is closed by the server
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        send = _with_headers(send)
+        send = self._observed(scope, send)
         try:
             self._check_host(scope, headers)
             self._check_site(headers)
-            self._check_token(scope["path"], headers)
-            receive = self._limited(headers, receive)
+            self._check_token(scope, headers)
+            receive = await self._whole_body(headers, receive)
             await self._application(scope, receive, send)
         except Refused as refusal:
             await _answer(refusal, send)
@@ -109,8 +116,9 @@ class Guard:
         if foreign and not navigates:
             raise Refused(403, "cross_site", "requests from pages of other sites are refused")
 
-    def _check_token(self, path: str, headers: dict[str, str]) -> None:
-        if path == HEALTH or not path.startswith(("/api", "/metrics")):
+    def _check_token(self, scope: Scope, headers: dict[str, str]) -> None:
+        path, reads = scope["path"], scope["method"] in ("GET", "HEAD")
+        if reads and (path in (HEALTH, "/") or path.startswith("/static/")):
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._token):
@@ -121,23 +129,45 @@ class Guard:
                 **{"www-authenticate": "Bearer"},
             )
 
-    def _limited(self, headers: dict[str, str], receive: Receive) -> Receive:
+    async def _whole_body(self, headers: dict[str, str], receive: Receive) -> Receive:
+        """Read the body, which is small or refused, and return what gives it to the application."""
         most = self._settings.most_body
-        message = f"the request is larger than {most} bytes"
+        refusal = Refused(413, "too_large", f"the request is larger than {most} bytes")
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > most:
-            raise Refused(413, "too_large", message)
-        seen = 0
+        if not (length.isascii() and length.isdecimal()) or int(length[:20]) > most:
+            raise refusal
+        body, more = b"", True
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while more:
+                    part = await receive()
+                    if part["type"] == "http.disconnect":
+                        break
+                    body, more = body + part.get("body", b""), part.get("more_body", False)
+                    if len(body) > most:
+                        raise refusal
+        except TimeoutError:
+            raise Refused(408, "too_slow", f"the request took longer than {BODY_SECONDS:.0f} s") from None
+        waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def counted() -> Message:
-            nonlocal seen
-            part = await receive()
-            seen += len(part.get("body", b""))
-            if seen > most:
-                raise Refused(413, "too_large", message)
-            return part
+        async def given() -> Message:
+            return waiting.pop() if waiting else await receive()
 
-        return counted
+        return given
+
+    def _observed(self, scope: Scope, send: Send) -> Send:
+        """Return what adds the headers and counts the answer."""
+        began = time.perf_counter()
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._observe(scope["method"], message["status"], time.perf_counter() - began)
+                present = {name.lower() for name, _ in message.get("headers", [])}
+                more = [(k.encode(), v.encode()) for k, v in HEADERS.items() if k.encode() not in present]
+                message = {**message, "headers": [*message.get("headers", []), *more]}
+            await send(message)
+
+        return sending
 
 
 def _host(header: str) -> str:
@@ -146,17 +176,6 @@ def _host(header: str) -> str:
         return urlsplit(f"//{header}").hostname or "" if "@" not in header and "/" not in header else ""
     except ValueError:
         return ""
-
-
-def _with_headers(send: Send) -> Send:
-    async def sending(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            present = {name.lower() for name, _ in message.get("headers", [])}
-            more = [(k.encode(), v.encode()) for k, v in HEADERS.items() if k.encode() not in present]
-            message = {**message, "headers": [*message.get("headers", []), *more]}
-        await send(message)
-
-    return sending
 
 
 async def _answer(refusal: Refused, send: Send) -> None:

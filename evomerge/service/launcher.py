@@ -17,8 +17,13 @@ from typing import Any
 from evomerge.errors import UserError
 
 LOG = "driver.log"
-KEPT_OUT = ("EVOMERGE_TOKEN", "EVOMERGE_SERVER")
+KEPT_OUT = ("EVOMERGE_TOKEN", "EVOMERGE_TOKEN_FILE", "EVOMERGE_SERVER")
 """What a driver's environment has not got from the service's."""
+
+
+def clean_environment() -> dict[str, str]:
+    """Return the service's environment without what would lead back to it."""
+    return {name: value for name, value in os.environ.items() if name not in KEPT_OUT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +94,7 @@ class LocalLauncher(Launcher):
         lock = self._lock(launch.folder)
         if lock is None:
             raise UserError(f'run "{launch.name}" has a living driver already')
-        environment = {k: v for k, v in os.environ.items() if k not in KEPT_OUT}
-        environment |= {"PYTHONUNBUFFERED": "1", **launch.environment}
+        environment = {**clean_environment(), "PYTHONUNBUFFERED": "1", **launch.environment}
         try:
             begin = self._size(launch.folder)
             with (launch.folder / LOG).open("ab") as log:

@@ -98,6 +98,9 @@ class ExportWish(Body):
 class ErrorDetail(BaseModel):
     """What went wrong."""
 
+    key: str | None = Field(
+        default=None, description="Path of the config's key at fault.", examples=["space.method"]
+    )
     kind: str = Field(description="One word for machines.", examples=["config"])
     message: str = Field(description="The line that the command would print.")
 
@@ -190,6 +193,42 @@ class CandidateWhole(CandidateLine):
 
     genome: list[Any] | None
     recipe: dict[str, Any]
+
+
+class RunConfigAnswer(BaseModel):
+    """A run's config."""
+
+    config: dict[str, Any]
+    folder: str = Field(description="What its paths are relative to.")
+
+
+class DepthParameter(BaseModel):
+    """One parameter of a merge, for one group of tensors."""
+
+    parameter: str
+    tensors: str = Field(examples=["all tensors"])
+    values: dict[str, Any] = Field(
+        description="Source, or `merge`, to one value for each layer or to one value."
+    )
+
+
+class PathStep(BaseModel):
+    """One layer of a layer path."""
+
+    source: str
+    layer: int
+    scale: float
+
+
+class Winner(BaseModel):
+    """The winner, or the best so far."""
+
+    best: dict[str, Any] | None = Field(description="As in `GET runs/NAME`.")
+    gains: list[dict[str, Any]]
+    verdict: str
+    layers: int
+    parameters: list[DepthParameter]
+    path: list[PathStep] = Field(description="Of a layer path; empty for a plain merge.")
 
 
 class Logs(BaseModel):

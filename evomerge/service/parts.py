@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from evomerge.service.feed import Hub
+from evomerge.service.metrics import Metrics
 from evomerge.service.settings import ServiceSettings
 from evomerge.service.supervisor import Supervisor
 from evomerge.store import Store
@@ -20,3 +21,4 @@ class Parts:
     queue: JobQueue
     supervisor: Supervisor
     hub: Hub
+    metrics: Metrics

@@ -64,6 +64,12 @@ class Supervisor:
         self._wake.set()
         self._thread.join()
 
+    def log(self, name: str, most: int) -> str:
+        """Return the end of what the latest driver of a job has written, at most so many bytes."""
+        job = self._queue.job(name)
+        handle = {} if job is None else job.handle
+        return self._launcher.log(job_folder(self._settings, name), handle, most)
+
     @property
     def alive(self) -> bool:
         """Whether it still looks."""
