@@ -91,6 +91,15 @@ def open_store(option: str | None, *, create: bool = False) -> Store:
     return Store.open(where, create=create)
 
 
+def shown_store(where: str) -> str:
+    """Return a store's path or URL as it may be shown: without a password."""
+    if "://" not in where:
+        return where
+    from evomerge.store.connect import locate, shown
+
+    return shown(locate(where))
+
+
 def at_service(context: typer.Context, server: str | None, store: str | None) -> bool:
     """Return whether a command asks a service; an option counts for more than the environment.
 
@@ -103,7 +112,7 @@ def at_service(context: typer.Context, server: str | None, store: str | None) ->
     if given[0] == given[1]:
         raise UserError(
             "give either --server or --store (or EVOMERGE_SERVER or EVOMERGE_STORE), not both: "
-            f"{server} and {store}"
+            f"{server} and {shown_store(store)}"
         )
     return getattr(given[0], "name", "") == "COMMANDLINE"
 

@@ -21,6 +21,7 @@ from evomerge.cli.options import (
     open_client,
     open_store,
     result_folder,
+    shown_store,
 )
 
 if TYPE_CHECKING:
@@ -133,9 +134,10 @@ def finish(view: RunView, store: str, *, as_json: bool) -> None:
         console.print(data["verdict"], markup=False)
     for kind, path in files.items():
         console.print(f"{kind}: {path}", soft_wrap=True, markup=False)
-    where = f" --store {store}" if store != DEFAULT_STORE else ""
+    place = shown_store(store)
+    where = f" --store {place}" if store != DEFAULT_STORE else ""
     if where:
-        console.print(f"store: {store}", soft_wrap=True, markup=False)
+        console.print(f"store: {place}", soft_wrap=True, markup=False)
     if view.status != "finished":
         console.print(f"run {view.name} is {status_of(view)}")
         step = f"evomerge resume {view.name}{where}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ from evomerge.cli.options import (
     at_service,
     open_client,
     open_store,
+    shown_store,
 )
 from evomerge.cli.runs import ConfigArgument
 
@@ -42,6 +44,13 @@ def serve(
     restarts: Annotated[
         int, typer.Option("--restarts", min=0, help="Of a driver that died, in a row without a new outcome.")
     ] = 2,
+    ray_address: Annotated[
+        str | None,
+        typer.Option("--ray-address", help="Submit drivers as jobs of this Ray cluster: http://HEAD:8265."),
+    ] = None,
+    ray_python: Annotated[
+        str | None, typer.Option("--ray-python", help="The interpreter on its machines [this one].")
+    ] = None,
     allow_unsafe_code: Annotated[
         bool, typer.Option("--allow-unsafe-code", help="Allow tasks that execute what a model writes.")
     ] = False,
@@ -69,6 +78,8 @@ def serve(
         hosts=tuple(allow_host or ()),
         at_once=at_once,
         restarts=restarts,
+        ray_address=ray_address,
+        ray_python=ray_python or sys.executable,
         allow_unsafe_code=allow_unsafe_code,
     )
     _serve(settings)
@@ -86,7 +97,7 @@ def _serve(settings: ServiceSettings) -> None:
         ) from None
 
     def ready(address: str) -> None:
-        errors.print(f"serving {settings.store} at {address}", markup=False, soft_wrap=True)
+        errors.print(f"serving {shown_store(settings.store)} at {address}", markup=False, soft_wrap=True)
         errors.print(f"token: in {settings.folder / 'token'}", markup=False, soft_wrap=True)
 
     run(settings, ready=ready)

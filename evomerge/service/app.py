@@ -19,10 +19,11 @@ from evomerge.errors import ConfigError, ConflictError, LimitError, MissingError
 from evomerge.service.admission import key_of
 from evomerge.service.feed import Hub
 from evomerge.service.guard import Guard, error_body
-from evomerge.service.launcher import LocalLauncher
+from evomerge.service.launcher import Launcher, LocalLauncher
 from evomerge.service.metrics import Metrics
 from evomerge.service.models import ErrorAnswer, Health, Info
 from evomerge.service.parts import Parts
+from evomerge.service.ray_launcher import RayLauncher
 from evomerge.service.routes import configs, exports, results, runs
 from evomerge.service.settings import ServiceSettings
 from evomerge.service.supervisor import Supervisor
@@ -49,7 +50,10 @@ def make_parts(settings: ServiceSettings) -> Parts:
     """Open the store and return the parts, none of them started."""
     store = Store.open(settings.store)
     queue = JobQueue(store, settings.identity)
-    supervisor = Supervisor(settings, store, queue, LocalLauncher())
+    launcher: Launcher = LocalLauncher()
+    if settings.ray_address is not None:
+        launcher = RayLauncher(settings.ray_address, settings.ray_python)
+    supervisor = Supervisor(settings, store, queue, launcher)
     hub = Hub(store, settings.most_watchers)
     return Parts(settings, store, queue, supervisor, hub, Metrics(store, queue, hub))
 

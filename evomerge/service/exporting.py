@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from evomerge.errors import EvomergeError
-from evomerge.service.launcher import Launch, LocalLauncher
+from evomerge.service.launcher import Driver, LocalLauncher
 from evomerge.service.settings import ServiceSettings
 from evomerge.store.jobs import Export, JobQueue
 
@@ -26,7 +26,7 @@ class Exporter:
         """Note what has ended and start the next."""
         busy = False
         for export in self._queue.exports(states=("running",)):
-            if self._launcher.alive(self._folder(export), {}):
+            if self._launcher.alive(self._driver(export)):
                 busy = True
             else:
                 self._conclude(export)
@@ -34,8 +34,9 @@ class Exporter:
             for export in self._queue.exports(states=("queued",))[:1]:
                 self._start(export)
 
-    def _folder(self, export: Export) -> Path:
-        return self._settings.folder / "exports" / ".work" / str(export.id)
+    def _driver(self, export: Export) -> Driver:
+        folder = self._settings.folder / "exports" / ".work" / str(export.id)
+        return Driver(f"export-{export.id}", folder)
 
     def _start(self, export: Export) -> None:
         target = Path(export.path)
@@ -45,7 +46,7 @@ class Exporter:
             arguments = ["export", export.run, str(target), *options]
             environment = {"EVOMERGE_STORE": self._settings.store}
             self._queue.set_export(export.id, "running")
-            self._launcher.start(Launch(export.run, self._folder(export), arguments, environment))
+            self._launcher.start(self._driver(export), arguments, environment)
         except (EvomergeError, OSError) as problem:
             self._queue.set_export(export.id, "failed", str(problem))
 
@@ -54,5 +55,5 @@ class Exporter:
         if Path(export.path).is_dir():
             self._queue.set_export(export.id, "done")
             return
-        complaint = self._launcher.complaint(self._folder(export), {})
+        complaint = self._launcher.complaint(self._driver(export))
         self._queue.set_export(export.id, "failed", complaint or "its process died; ask for it again")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,53 +27,64 @@ def clean_environment() -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
-    """One driver to start.
+class Driver:
+    """One attempt at a command, running or not.
 
     Attributes:
-        name: Of the run.
+        name: Of this attempt, unlike any other; known before it starts.
         folder: The job's own folder; the driver works there.
-        arguments: After `evomerge`.
-        environment: What is set beside the service's own environment.
+        handle: What `Launcher.start` returned; empty where a service died before it could record it.
     """
 
     name: str
     folder: Path
-    arguments: Sequence[str]
-    environment: Mapping[str, str]
+    handle: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Launcher(ABC):
     """Starts drivers, and finds those again that a service before this one started.
 
-    A driver is named by its folder and by the handle that `start` returned. A service that dies between the
-    start and the recording of the handle passes an empty handle on: `alive` must know that driver by its
-    folder alone, because a driver is never started beside a living one.
+    A service may die between the start of a driver and the recording of its handle. So `alive` has to know a
+    driver by its name and folder alone: none is ever started beside a living one.
     """
 
     @abstractmethod
-    def start(self, launch: Launch) -> Mapping[str, Any]:
-        """Start a driver; return its handle, JSON data.
+    def start(
+        self, driver: Driver, arguments: Sequence[str], environment: Mapping[str, str]
+    ) -> Mapping[str, Any]:
+        """Start a driver.
+
+        Args:
+            driver: Its name and folder.
+            arguments: After `evomerge`.
+            environment: What is set besides.
+
+        Returns:
+            Its handle, JSON data.
 
         Raises:
             UserError: It cannot be started.
         """
 
     @abstractmethod
-    def alive(self, folder: Path, handle: Mapping[str, Any]) -> bool:
-        """Return whether the driver lives."""
+    def alive(self, driver: Driver) -> bool:
+        """Return whether the driver lives.
+
+        Raises:
+            UserError: That cannot be known at the moment.
+        """
 
     @abstractmethod
-    def stop(self, folder: Path, handle: Mapping[str, Any], *, kill: bool = False) -> None:
+    def stop(self, driver: Driver, *, kill: bool = False) -> None:
         """Ask a driver to end as by SIGTERM; `kill`: end it at once, with all its processes."""
 
     @abstractmethod
-    def log(self, folder: Path, handle: Mapping[str, Any], most: int) -> str:
+    def log(self, driver: Driver, most: int) -> str:
         """Return the end of what the driver has written, at most so many bytes."""
 
-    def complaint(self, folder: Path, handle: Mapping[str, Any]) -> str:
+    def complaint(self, driver: Driver) -> str:
         """Return the line with which a driver that ended said what the user can mend; empty if it did not."""
-        lines = self.log(folder, handle, 8192).strip().splitlines()
+        lines = self.log(driver, 8192).strip().splitlines()
         last = lines[-1] if lines else ""
         said = last.removeprefix("evomerge: ")
         return "" if said in (last, "interrupted") else said
@@ -89,48 +100,48 @@ class LocalLauncher(Launcher):
     def __init__(self) -> None:
         self._children: dict[Path, subprocess.Popen[bytes]] = {}
 
-    def start(self, launch: Launch) -> Mapping[str, Any]:
-        """Start a process."""
-        lock = self._lock(launch.folder)
+    def start(
+        self, driver: Driver, arguments: Sequence[str], environment: Mapping[str, str]
+    ) -> Mapping[str, Any]:
+        """Start a process. What it prints as its result goes nowhere: the store has it."""
+        lock = self._lock(driver.folder)
         if lock is None:
-            raise UserError(f'run "{launch.name}" has a living driver already')
-        environment = {**clean_environment(), "PYTHONUNBUFFERED": "1", **launch.environment}
+            raise UserError(f"{driver.name}: its folder {driver.folder} has a living driver already")
         try:
-            begin = self._size(launch.folder)
-            with (launch.folder / LOG).open("ab") as log:
+            begin = self._size(driver.folder)
+            with (driver.folder / LOG).open("ab") as log:
                 child = subprocess.Popen(
-                    [sys.executable, "-m", "evomerge", *launch.arguments],
-                    cwd=launch.folder,
-                    env=environment,
+                    [sys.executable, "-m", "evomerge", *arguments],
+                    cwd=driver.folder,
+                    env={**clean_environment(), "PYTHONUNBUFFERED": "1", **environment},
                     stdin=subprocess.DEVNULL,
-                    stdout=log,
+                    stdout=subprocess.DEVNULL,
                     stderr=log,
                     start_new_session=True,
                     pass_fds=(lock,),
                 )
         except OSError as problem:
-            raise UserError(f'run "{launch.name}": its driver cannot be started: {problem}') from None
+            raise UserError(f"{driver.name}: its driver cannot be started: {problem}") from None
         finally:
             os.close(lock)
-        self._children[launch.folder] = child
+        self._children[driver.folder] = child
         return {"pid": child.pid, "log": begin}
 
-    def alive(self, folder: Path, handle: Mapping[str, Any]) -> bool:
+    def alive(self, driver: Driver) -> bool:
         """Return whether any process holds the folder's lock."""
-        del handle
-        child = self._children.get(folder)
+        child = self._children.get(driver.folder)
         if child is not None and child.poll() is not None:
-            del self._children[folder]
-        lock = self._lock(folder)
+            del self._children[driver.folder]
+        lock = self._lock(driver.folder)
         if lock is None:
             return True
         os.close(lock)
         return False
 
-    def stop(self, folder: Path, handle: Mapping[str, Any], *, kill: bool = False) -> None:
+    def stop(self, driver: Driver, *, kill: bool = False) -> None:
         """Signal the driver, or kill its session."""
-        pid = int(handle.get("pid", 0))
-        if pid <= 0 or not self.alive(folder, handle):
+        pid = int(driver.handle.get("pid", 0))
+        if pid <= 0 or not self.alive(driver):
             return
         with contextlib.suppress(ProcessLookupError):
             if kill:
@@ -138,12 +149,12 @@ class LocalLauncher(Launcher):
             else:
                 os.kill(pid, signal.SIGTERM)
 
-    def log(self, folder: Path, handle: Mapping[str, Any], most: int) -> str:
-        """Return the end of the log file, of the last driver only."""
+    def log(self, driver: Driver, most: int) -> str:
+        """Return the end of the log file, of this driver only."""
         try:
-            with (folder / LOG).open("rb") as file:
+            with (driver.folder / LOG).open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
-                file.seek(max(int(handle.get("log", 0)), size - most))
+                file.seek(max(int(driver.handle.get("log", 0)), size - most))
                 return file.read(most).decode("utf-8", "replace")
         except OSError:
             return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class ServiceSettings:
         restarts: How often in a row a driver that died without a new outcome is started again.
         ray_address: Drivers are submitted as Ray jobs to this address (`http://HOST:8265`); None: they are
             local processes.
+        ray_python: The interpreter on the cluster's machines.
         allow_unsafe_code: Configs may set `fitness.allow_unsafe_code`.
         most_jobs: How many jobs may wait.
         most_watchers: How many may follow events at once.
@@ -41,6 +43,7 @@ class ServiceSettings:
     at_once: int = 1
     restarts: int = 2
     ray_address: str | None = None
+    ray_python: str = sys.executable
     allow_unsafe_code: bool = False
     most_jobs: int = 1000
     most_watchers: int = 256

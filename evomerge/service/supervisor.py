@@ -12,9 +12,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from evomerge.errors import EvomergeError
+from evomerge.errors import EvomergeError, UserError
 from evomerge.service.exporting import Exporter
-from evomerge.service.launcher import Launch, Launcher
+from evomerge.service.launcher import Driver, Launcher
 from evomerge.service.settings import ServiceSettings
 from evomerge.store import RunView, Store
 from evomerge.store.jobs import Job, JobQueue
@@ -49,6 +49,7 @@ class Supervisor:
         self._thread = threading.Thread(target=self._loop, name="supervisor", daemon=True)
         self._told_to_end: dict[int, float] = {}
         self._not_before: dict[int, float] = {}
+        self._problems: dict[int, str] = {}
 
     def start(self) -> None:
         """Begin to look."""
@@ -67,8 +68,7 @@ class Supervisor:
     def log(self, name: str, most: int) -> str:
         """Return the end of what the latest driver of a job has written, at most so many bytes."""
         job = self._queue.job(name)
-        handle = {} if job is None else job.handle
-        return self._launcher.log(job_folder(self._settings, name), handle, most)
+        return "" if job is None else self._launcher.log(self._driver(job), most)
 
     @property
     def alive(self) -> bool:
@@ -88,15 +88,17 @@ class Supervisor:
 
     def look(self) -> None:
         """Look once: end what has ended, start what may start."""
-        running = 0
-        for job in self._queue.jobs("running"):
-            running += self._look_after(job)
+        running = sum(self._looked_after(job) for job in self._queue.jobs("running"))
         for job in self._queue.jobs("queued"):
             if running >= self._settings.at_once:
                 break
             if time.monotonic() >= self._not_before.get(job.id, 0.0):
                 running += self._start(job)
         self._exporter.look()
+
+    def _driver(self, job: Job) -> Driver:
+        name = f"evomerge-{self._settings.identity}-{job.id}-{job.attempts}"
+        return Driver(name, job_folder(self._settings, job.name), job.handle)
 
     def _start(self, job: Job) -> bool:
         view = self._store.find(job.name)
@@ -105,14 +107,17 @@ class Supervisor:
         if begun is None:
             return False
         try:
-            launch = self._launch(begun, resumes=view is not None)
-            self._queue.set_handle(begun, self._launcher.start(launch))
+            arguments = self._arguments(begun, resumes=view is not None)
+            environment = {"EVOMERGE_STORE": self._settings.store}
+            self._queue.set_handle(begun, self._launcher.start(self._driver(begun), arguments, environment))
         except (EvomergeError, OSError) as problem:
-            self._queue.end(begun, "failed", str(problem))
-            return False
+            # Perhaps it started all the same: the next look finds out.
+            self._problems[job.id] = str(problem)
+            _log.warning('run "%s": %s', job.name, problem)
         return True
 
-    def _launch(self, job: Job, *, resumes: bool) -> Launch:
+    def _arguments(self, job: Job, *, resumes: bool) -> list[str]:
+        """Return the command that drives a job; write the config that it reads."""
         folder = job_folder(self._settings, job.name)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         given = [f"output.folder={_quoted(folder / 'result')}"]
@@ -120,42 +125,43 @@ class Supervisor:
             given.append('workers.ray_address="auto"')
         options = [*job.options, *(part for line in given for part in ("--set", line))]
         if resumes:
-            arguments = ["resume", job.name, *options]
-        else:
-            config = folder / "config.yaml"
-            config.write_text(dump_yaml(dict(job.config)), encoding="utf-8")
-            arguments = ["run", str(config), "--relative-to", job.folder, *options]
-        return Launch(job.name, folder, arguments, {"EVOMERGE_STORE": self._settings.store})
+            return ["resume", job.name, *options]
+        config = folder / "config.yaml"
+        config.write_text(dump_yaml(dict(job.config)), encoding="utf-8")
+        return ["run", str(config), "--relative-to", job.folder, *options]
 
-    def _look_after(self, job: Job) -> bool:
-        """See to a job that has a driver; return whether it still has one."""
-        folder = job_folder(self._settings, job.name)
-        if self._launcher.alive(folder, job.handle):
-            if job.cancel:
-                self._end_driver(job, folder)
+    def _looked_after(self, job: Job) -> bool:
+        """See to a job that has a driver; return whether it still has one, as far as is known."""
+        driver = self._driver(job)
+        try:
+            alive = self._launcher.alive(driver)
+        except UserError as problem:
+            _log.warning('run "%s": %s', job.name, problem)
             return True
-        self._told_to_end.pop(job.id, None)
-        self._conclude(job, self._launcher.complaint(folder, job.handle))
-        return False
+        if alive:
+            if job.cancel:
+                self._end_driver(job, driver)
+            return True
+        return not self._concluded(job, driver)
 
-    def _end_driver(self, job: Job, folder: Path) -> None:
+    def _end_driver(self, job: Job, driver: Driver) -> None:
         """Let the driver end itself where it can hear; end the process where it cannot."""
         view = self._store.find(job.name)
-        drives = view is not None and view.owner_alive and view.epoch > job.epoch
         first = job.id not in self._told_to_end
         since = self._told_to_end.setdefault(job.id, time.monotonic())
-        if drives and view is not None:
+        if view is not None and view.owner_alive and view.epoch > job.epoch:
             if view.requested() not in (job.cancel, "now"):
                 view.request(job.cancel)
         elif first:
-            self._launcher.stop(folder, job.handle)
+            self._launcher.stop(driver)
         if job.cancel == "now" and time.monotonic() - since > KILL_SECONDS:
-            self._launcher.stop(folder, job.handle, kill=True)
+            self._launcher.stop(driver, kill=True)
 
-    def _conclude(self, job: Job, complaint: str) -> None:
-        """Record how a job ended whose driver is gone, or start it again."""
+    def _concluded(self, job: Job, driver: Driver) -> bool:
+        """Record how a job ended whose driver is gone, or start it again; return whether either was done."""
         view = self._store.find(job.name)
         if view is None or view.epoch == job.epoch:  # the driver never had the run
+            complaint = self._launcher.complaint(driver)
             if job.cancel:
                 self._queue.end(job, "cancelled")
             elif complaint:
@@ -164,21 +170,23 @@ class Supervisor:
                 self._again(job, 0)
         elif view.status != "running":
             self._queue.end(job, view.status, view.error)
+        elif view.owner_alive and view.epoch == job.epoch + 1:
+            return False  # it was on another machine, where it counts as alive until its lease ends
         elif view.owner_alive:
             self._queue.end(job, "", f"driven by {view.owner}, which this service did not start")
         elif job.cancel:
             self._queue.end(job, "cancelled")
         else:
             self._again(job, _outcomes(view) - job.outcomes)
+        self._told_to_end.pop(job.id, None)
+        return True
 
     def _again(self, job: Job, progress: int) -> None:
         restarts = 1 if progress > 0 else job.restarts + 1
+        problem = self._problems.pop(job.id, "")
         if restarts > self._settings.restarts:
-            self._queue.end(
-                job,
-                "interrupted",
-                f"its driver died {restarts} times in a row without a new outcome; see its log",
-            )
+            often = f"its driver died {restarts} times in a row without a new outcome; see its log"
+            self._queue.end(job, "failed" if problem else "interrupted", problem or often)
             return
         _log.warning('run "%s": its driver died; starting it again', job.name)
         self._not_before[job.id] = time.monotonic() + 2.0 ** min(restarts - 1, 6) - 1.0

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 
-from evomerge.errors import StoreError
+from evomerge.errors import ConflictError, StoreError
 from evomerge.records import Candidate, Outcome, TaskScore
 from evomerge.store import Run, Snapshot, Store
 from evomerge.store.tables import METADATA
@@ -32,6 +32,7 @@ WRITES: dict[str, Callable[[Run], None]] = {
     "set_config": lambda run: run.set_config({"budget": 2}),
     "set_facts": lambda run: run.set_facts({"fingerprint": "b"}),
     "add_event": lambda run: run.add_event("note", {}),
+    "set_activity": lambda run: run.set_activity({"done": 1}),
     "heartbeat": lambda run: run.heartbeat(),
     "release": lambda run: run.release("finished"),
 }
@@ -96,7 +97,12 @@ class StoreContract:
             run.tell([0], "search", Snapshot(1, 1, {"run": run.name}))
         for run in runs:
             assert len(run.candidates()) == len(run.outcomes()) == len(run.log().told) == 1
-            assert [event.data for event in run.events()] == [{"run": run.name}]
+            said = {"candidate": 0, "documents": "search", "status": "ok", "score": make_outcome(0).score}
+            assert [(event.kind, event.data) for event in run.events()] == [
+                ("outcome", said),
+                ("note", {"run": run.name}),
+            ]
+            assert [event.id for event in run.events(kind="note")] == [2]
             snapshot = run.latest_snapshot()
             assert snapshot is not None
             assert snapshot.state == {"run": run.name}
@@ -268,6 +274,28 @@ class StoreContract:
         assert events[0].at <= events[2].at
         assert run.events(after=2) == events[2:]
         assert run.events(after=99) == []
+        assert run.events(after=1, limit=1) == events[1:2]
+        assert run.last_event() == 3
+
+    def test_what_is_asked_of_a_driver_reaches_that_driver_only(self, store: Store, run: Run) -> None:
+        assert run.requested() == ""
+        store.run("r").request("stop")
+        assert run.requested() == "stop"
+        store.run("r").request("now")
+        assert run.requested() == "now"
+        later = store.take_run("r")
+        assert later.requested() == ""
+        later.release("stopped")
+        with pytest.raises(ConflictError, match='"r" has no driver that could stop; it is stopped'):
+            store.run("r").request("stop")
+
+    def test_activity_is_replaced(self, store: Store, run: Run) -> None:
+        assert run.activity() is None
+        for done in (1, 2):
+            run.set_activity({"done": done, "workers": []})
+        at, data = store.run("r").activity()
+        assert data == {"done": 2, "workers": []}
+        assert abs(at - store.run("r").created) < 60
 
     # Log and snapshots
 
@@ -352,7 +380,7 @@ class StoreContract:
 
     def test_a_store_of_another_version_is_refused(self, store: Store, url: str) -> None:
         sql(store, "UPDATE meta SET value = '99'")
-        with pytest.raises(StoreError, match="its schema is version 99, this evomerge reads version 1"):
+        with pytest.raises(StoreError, match="its schema is version 99, this evomerge reads version 2"):
             Store.open(url)
 
     def test_tables_of_another_program_are_left_alone(self, store: Store, url: str) -> None:
