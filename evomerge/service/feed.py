@@ -121,13 +121,18 @@ class Hub:
         self._store, self._most = store, most
         self._feeds: dict[str, Feed] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.watchers = 0
         self.dropped = 0
         self.closing = False
 
     def close(self) -> None:
-        """End all streams."""
+        """End all streams; from any thread."""
         self.closing = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._tell_all)
+
+    def _tell_all(self) -> None:
         for feed in self._feeds.values():
             feed.tell()
 
@@ -141,6 +146,7 @@ class Hub:
         if self.watchers >= self._most:
             raise LimitError(f"{self._most} watch already; come back later")
         self.watchers += 1
+        self._loop = asyncio.get_running_loop()
         try:
             feed = self._feeds.get(name)
             if feed is None:

@@ -33,6 +33,55 @@ class _Server(uvicorn.Server):
         self._hub.close()
 
 
+class Service:
+    """A service that has its store open and its port taken, and does nothing before `run`.
+
+    Args:
+        settings: The operator's, with token and identity.
+
+    Attributes:
+        address: Where it is reached.
+        parts: Its parts.
+
+    Raises:
+        UserError: The port is taken, or the store cannot be opened.
+    """
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self._listener = _listen(settings)
+        try:
+            self.parts = make_parts(settings)
+        except BaseException:
+            self._listener.close()
+            raise
+        host, port = self._listener.getsockname()[:2]
+        self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        config = uvicorn.Config(
+            make_app(self.parts),
+            log_level=logging.WARNING,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=5,
+            limit_concurrency=settings.most_watchers + 100,
+            ws="none",
+        )
+        self._server = _Server(config, self.parts.hub)
+
+    def run(self) -> None:
+        """Serve until SIGINT, SIGTERM or `stop`."""
+        try:
+            self._server.run(sockets=[self._listener])
+        finally:
+            self._listener.close()
+
+    def stop(self) -> None:
+        """End the service; from any thread."""
+        self._server.should_exit = True
+        self.parts.hub.close()
+
+
 def serve(settings: ServiceSettings, *, ready: Callable[[str], None] = lambda address: None) -> None:
     """Serve until SIGINT or SIGTERM. Drivers that run go on without the service.
 
@@ -46,27 +95,9 @@ def serve(settings: ServiceSettings, *, ready: Callable[[str], None] = lambda ad
     make_folder(settings.folder)
     with only_one(settings.folder):
         token, identity = token_of(settings.folder), identity_of(settings.folder)
-        settings = dataclasses.replace(settings, token=token, identity=identity)
-        listener = _listen(settings)
-        try:
-            parts = make_parts(settings)
-            config = uvicorn.Config(
-                make_app(parts),
-                log_level=logging.WARNING,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=30,
-                timeout_graceful_shutdown=5,
-                limit_concurrency=settings.most_watchers + 100,
-                ws="none",
-            )
-            host, port = listener.getsockname()[:2]
-            shown = f"[{host}]" if ":" in host else host
-            ready(f"http://{shown}:{port}")
-            _Server(config, parts.hub).run(sockets=[listener])
-        finally:
-            listener.close()
+        service = Service(dataclasses.replace(settings, token=token, identity=identity))
+        ready(service.address)
+        service.run()
 
 
 def _listen(settings: ServiceSettings) -> socket.socket:
