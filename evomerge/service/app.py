@@ -72,7 +72,7 @@ def make_app(parts: Parts) -> Guard:
             parts.store.close()
 
     answers: dict[int | str, dict[str, Any]] = {
-        code: {"model": ErrorAnswer} for code in (401, 403, 404, 409, 413, 421, 422, 429)
+        code: {"model": ErrorAnswer} for code in (400, 401, 403, 404, 405, 408, 409, 413, 421, 422, 429, 503)
     }
     app = FastAPI(
         title="evomerge",
