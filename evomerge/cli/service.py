@@ -167,7 +167,7 @@ def cancel(
             line = one_run(opened, run)
     if as_json:
         print_json(line)
-    elif line["status"] == "running":
+    elif line["status"] in ("starting", "running"):
         when = "now" if now else "after the candidates that are running"
         typer.echo(f"{run}: stops {when}")
     else:
