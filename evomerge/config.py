@@ -209,13 +209,23 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: In one line naming the file, the key, what was expected and what was got.
     """
-    data = read_yaml(path, ConfigError)
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping with sources, space and fitness, got {_kind(data)}")
+    return parse_config(read_data(path), str(path), overrides)
+
+
+def read_data(path: Path) -> dict[str, Any]:
+    """Return what is in a config file as plain data with a name, one of mergekit-evolve translated.
+
+    Raises:
+        ConfigError: The file cannot be read, or is no mapping.
+    """
+    found = read_yaml(path, ConfigError)
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: expected a mapping with sources, space and fitness, got {_kind(found)}")
+    data: dict[str, Any] = found
     if is_evolve_config(data):
         data = read_evolve_config(data, path)
     data.setdefault("name", path.stem)
-    return parse_config(data, str(path), overrides)
+    return data
 
 
 def parse_config(data: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,7 +150,7 @@ def _drive(run: Run, plan: Plan, pool: Pool, store: Store, listener: Listener, n
     run.set_status("running")
     run.add_event("started", {"pid": os.getpid(), "workers": pool.state().workers})
     try:
-        with _stopping(search, notice):
+        with _stopping(search, notice), _asked_to_stop(run):
             finished = search.run()
         reached("search_ended")
         run.release("finished" if finished else "stopped")
@@ -169,6 +170,39 @@ def _drive(run: Run, plan: Plan, pool: Pool, store: Store, listener: Listener, n
             run.release("failed", redacted(text))
         raise
     return store.run(run.name)
+
+
+ASKED_SECONDS = 1.0
+"""How often a driver looks whether it was asked to stop."""
+
+
+@contextmanager
+def _asked_to_stop(run: Run) -> Iterator[None]:
+    """Do at a request in the store what Ctrl-C does; it may come from another machine."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ended, main = threading.Event(), threading.main_thread().ident or 0
+
+    def look() -> None:
+        obeyed = 0
+        while not ended.wait(ASKED_SECONDS):
+            try:
+                wanted = {"": 0, "stop": 1, "now": 2}[run.requested()]
+            except StoreError:
+                continue  # the search meets the same error and says so
+            while obeyed < wanted:
+                obeyed += 1
+                signal.pthread_kill(main, signal.SIGINT)
+                time.sleep(0.1)
+
+    watcher = threading.Thread(target=look, name="requests", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
 
 
 @contextmanager

@@ -8,7 +8,11 @@ EvomergeError
 │   ├── SourceError      a checkpoint that is missing, broken, or does not fit the others
 │   ├── FitnessError     a task, a metric, a document count, a fitness callable
 │   ├── EngineError      an engine that is absent, cannot start, or does not take new weights
-│   └── StoreError       a store or run that is missing, taken, damaged, or of another version
+│   ├── StoreError       a store or run that is missing, taken, damaged, or of another version
+│   │   ├── MissingError     there is no such run or candidate
+│   │   ├── ConflictError    the run is not in a state in which this can be done, or the name is taken
+│   │   └── LimitError       the service has enough to do; come back later
+│   └── ServerError      a service that cannot be reached, or refuses
 ├── CandidateError       one candidate is at fault: it becomes an outcome, the run goes on
 └── LostRunError         another driver has taken the run over; this one must stop writing
 ```
@@ -97,6 +101,22 @@ class EngineError(UserError):
 
 class StoreError(UserError):
     """A store or run is missing, taken by another driver, damaged, or of another version."""
+
+
+class MissingError(StoreError):
+    """There is no such run, job, candidate or export."""
+
+
+class ConflictError(StoreError):
+    """A name or key is taken, or the run's state does not allow what is asked."""
+
+
+class LimitError(StoreError):
+    """As many wait or watch as the operator allows."""
+
+
+class ServerError(UserError):
+    """A service cannot be reached, or answers in a way that is none of evomerge's."""
 
 
 class CandidateError(EvomergeError):

@@ -21,7 +21,7 @@ from evomerge.fitness.racing import Race, Races
 from evomerge.fitness.selection import finalists, kept_baselines, search_score, winner
 from evomerge.optimizers import Optimizer
 from evomerge.plan import Plan
-from evomerge.progress import Progress
+from evomerge.progress import Activity, Progress
 from evomerge.recipe import Recipe
 from evomerge.records import Candidate, DocumentSet, Genome, Outcome, Proposal
 from evomerge.store import Run, Snapshot
@@ -51,6 +51,7 @@ class Search:
     ) -> None:
         self._run, self._plan, self._pool, self._listener = run, plan, pool, listener
         self._crew = Crew(run, pool, notice)
+        self._activity = Activity(run, pool)
         self._candidates = {candidate.number: _slim(candidate) for candidate in run.candidates()}
         self._fresh: dict[int, Mapping[str, Any]] = {}
         known = run.outcomes(values=False)
@@ -65,8 +66,8 @@ class Search:
         self._races = None if racing is None else Races(racing.rungs, racing.error)
         self._notes = {
             event.data.get("note", event.data.get("reason"))
-            for event in run.events()
-            if event.kind in ("optimizer", "optimizer_finished")
+            for kind in ("optimizer", "optimizer_finished")
+            for event in run.events(kind=kind)
         }
         self._recorded: set[str] = set()
         # What a callable does is not all in its file, so another run may have done something else.
@@ -272,7 +273,7 @@ class Search:
                 first = f"; the first failure: {reasons[0]}" if reasons else ""
                 raise FitnessError(f"no finalist could be scored on the select documents{first}")
             return
-        looks = [event.data["winner"] for event in self._run.events() if event.kind == "test_opened"]
+        looks = [event.data["winner"] for event in self._run.events(kind="test_opened")]
         if best not in looks:
             self._run.add_event("test_opened", {"winner": best, "look": len(looks) + 1})
             reached("test_opened")
@@ -334,6 +335,7 @@ class Search:
                 return
             if blocked and not running:
                 raise RuntimeError("the optimizer waits for outcomes, but none is outstanding")
+            self._activity.say(self._phase, self._done, self._total)
             for outcome in self._pool.wait(1.0):
                 running -= 1
                 self._record(outcome, take)
@@ -385,6 +387,7 @@ class Search:
         self._run.add_outcome(outcome, self._plan.fitness_digest)
         reached("outcome_recorded")
         self._beat = time.monotonic()
+        self._activity.took(outcome)
         # Values of documents are read from the store when they are needed; here they would only pile up.
         self._outcomes[outcome.candidate, outcome.documents] = replace(outcome, values={})
         self._fresh.pop(outcome.candidate, None)

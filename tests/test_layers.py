@@ -12,6 +12,7 @@ PACKAGE = Path(evomerge.__file__).parent
 
 LAYERS = (
     ("__main__", "cli", "demo"),
+    ("service",),
     ("drive", "evaluate", "soup"),
     ("search", "crew", "progress", "plan", "config", "report", "sourcing", "population"),
     ("workers",),
@@ -33,6 +34,7 @@ DEPTH = {part: depth for depth, layer in enumerate(LAYERS) for part in layer}
 LIGHT = (
     *("evomerge", "evomerge.cli", "evomerge.drive", "evomerge.plan", "evomerge.search", "evomerge.store"),
     *("evomerge.optimizers", "evomerge.workers.ray_pool", "evomerge.workers.inline"),
+    *("evomerge.service.server", "evomerge.service.client"),
 )
 HEAVY = ("torch", "ray", "transformers", "lm_eval")
 

@@ -10,7 +10,7 @@ import sys
 import typer
 
 from evomerge import faults
-from evomerge.cli import adapters, inspect, look, models, population, runs, soup
+from evomerge.cli import adapters, inspect, look, models, population, runs, service, soup
 from evomerge.errors import LostRunError, UserError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ for command in (
     *adapters.COMMANDS,
     *soup.COMMANDS,
     *inspect.COMMANDS,
+    *service.COMMANDS,
 ):
     app.command()(command)
 app.add_typer(population.app)

@@ -129,6 +129,31 @@ class Listener:
         return "  ".join(parts)
 
 
+class Watcher:
+    """Shows what happens in a run that another process drives, one line each on standard error."""
+
+    def __init__(self) -> None:
+        self._shown: tuple[object, ...] = ()
+
+    def event(self, kind: str, data: Mapping[str, Any]) -> None:
+        """Show one event of the run's log; outcomes are in the state."""
+        if kind != "outcome":
+            details = ", ".join(f"{key} {value}" for key, value in data.items())
+            errors.print(f"{kind}: {details}", markup=False, soft_wrap=True)
+
+    def state(self, line: Mapping[str, Any]) -> None:
+        """Show the run's line where it has changed."""
+        now = (line["candidates"], line["best_search_score"], line["status"])
+        if now == self._shown:
+            return
+        self._shown = now
+        best = "-" if line["best_search_score"] is None else f"{line['best_search_score']:.3f}"
+        counts = f"{line['candidates']} candidates, best search score {best}, baselines included"
+        errors.print(f"{line['status']}: {counts}", markup=False, soft_wrap=True)
+        if line["error"]:
+            errors.print(f"error: {line['error']}", markup=False, soft_wrap=True)
+
+
 @contextmanager
 def training() -> Iterator[Callable[[str, int, int], None]]:
     """Yield what shows how far each stage of a training is: a bar on a terminal, lines elsewhere."""

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from evomerge.cli.options import JsonOption, StoreOption, open_store, result_folder
+from evomerge.cli.options import (
+    JsonOption,
+    ServerOption,
+    StoreOption,
+    TokenFileOption,
+    at_service,
+    open_client,
+    open_store,
+    result_folder,
+)
 
 if TYPE_CHECKING:
     from evomerge.catalogue import Method
@@ -16,25 +25,24 @@ if TYPE_CHECKING:
 RunArgument = Annotated[str, typer.Argument(help="Name of the run.", show_default=False)]
 
 
-def runs(store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """List the runs of a store."""
+def runs(
+    context: typer.Context,
+    store: StoreOption = None,
+    server: ServerOption = None,
+    token_file: TokenFileOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the runs of a store or a service."""
     from evomerge.cli.display import console, moment, print_json, simple_table
-    from evomerge.report.summary import status_of
+    from evomerge.cli.remote import oldest_first
+    from evomerge.report.overview import overview
 
-    rows: list[dict[str, Any]] = []
-    with open_store(store) as opened:
-        for view in opened.runs():
-            counts = view.counts()
-            rows.append(
-                {
-                    "name": view.name,
-                    "status": status_of(view),
-                    "candidates": counts.candidates,
-                    "best_search_score": counts.best_score,
-                    "created": view.created,
-                    "updated": view.updated,
-                }
-            )
+    if at_service(context, server, store):
+        with open_client(server, token_file) as client:
+            rows = oldest_first(client)
+    else:
+        with open_store(store) as opened:
+            rows = overview(opened)["runs"]
     if as_json:
         print_json(rows)
         return
@@ -55,14 +63,24 @@ def runs(store: StoreOption = None, as_json: JsonOption = False) -> None:
     )
 
 
-def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
+def show(
+    context: typer.Context,
+    run: RunArgument,
+    store: StoreOption = None,
+    server: ServerOption = None,
+    token_file: TokenFileOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show what a run found."""
     from evomerge.cli.display import console, print_json, result_table, task_table
-    from evomerge.report.summary import Summary
+    from evomerge.report.overview import shown
 
-    with open_store(store) as opened:
-        summary = Summary(opened.run(run))
-        data = summary.to_json()
+    if at_service(context, server, store):
+        with open_client(server, token_file) as client:
+            data = client.show(run)
+    else:
+        with open_store(store) as opened:
+            data = shown(opened, run)
     if as_json:
         print_json(data)
         return
@@ -77,11 +95,11 @@ def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = Fals
         console.print(task_table(data))
     if data["best"]:
         console.print(data["verdict"], markup=False)
-    for line in summary.evaluation_lines():
+    for line in data["notes"]:
         console.print(line, markup=False, highlight=False)
-    for line in summary.optimizer_lines()[-5:]:
+    for line in data["optimizer"][-5:]:
         console.print(line, markup=False, soft_wrap=True)
-    for failure in summary.failures()[:5]:
+    for failure in data["failed"]:
         console.print(
             f"candidate {failure['candidate']} {failure['status']}: {failure['reason']}",
             markup=False,
@@ -90,33 +108,34 @@ def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = Fals
 
 
 def watch(
+    context: typer.Context,
     run: RunArgument,
     store: StoreOption = None,
-    interval: Annotated[float, typer.Option("--interval", min=0.2, help="Seconds between looks.")] = 2.0,
+    server: ServerOption = None,
+    token_file: TokenFileOption = None,
+    interval: Annotated[
+        float, typer.Option("--interval", min=0.2, help="Seconds between looks into a store.")
+    ] = 2.0,
 ) -> None:
     """Follow a run that another process drives, until it ends."""
-    from evomerge.cli.display import errors
-    from evomerge.report.summary import status_of
+    from evomerge.cli.display import Watcher
+    from evomerge.cli.remote import follow_run
+    from evomerge.report.overview import LIVE, one_run
 
-    seen = 0
-    shown: tuple[object, ...] = ()
+    if at_service(context, server, store):
+        with open_client(server, token_file) as client:
+            follow_run(client, run)
+        return
+    seen, watcher = 0, Watcher()
     with open_store(store) as opened:
         while True:
-            view = opened.run(run)
-            for event in view.events(after=seen):
+            line = one_run(opened, run)
+            view = opened.find(run)
+            for event in view.events(after=seen) if view else []:
                 seen = event.id
-                details = ", ".join(f"{key} {value}" for key, value in event.data.items())
-                errors.print(f"{event.kind}: {details}", markup=False, soft_wrap=True)
-            counts = view.counts()
-            status = status_of(view)
-            now = (counts.candidates, counts.best_score, status)
-            if now != shown:
-                shown = now
-                best = "-" if counts.best_score is None else f"{counts.best_score:.3f}"
-                errors.print(
-                    f"{status}: {counts.candidates} candidates, best search score {best}, baselines included"
-                )
-            if status != "running":
+                watcher.event(event.kind, event.data)
+            watcher.state(line)
+            if line["status"] not in LIVE:
                 return
             time.sleep(interval)
 
@@ -134,26 +153,13 @@ def recipe(
 ) -> None:
     """Print the recipe of the winner or of any candidate."""
     from evomerge.cli.display import print_json
-    from evomerge.errors import StoreError
-    from evomerge.recipe import parse_recipe
-    from evomerge.report.summary import Summary
+    from evomerge.report.recipes import as_mergekit, recipe_of
     from evomerge.strict import dump_yaml
 
     with open_store(store) as opened:
-        view = opened.run(run)
-        number = Summary(view).best if candidate is None else candidate
-        if number is None:
-            raise StoreError(f'run "{run}": no candidate has been scored yet')
-        stored = parse_recipe(dict(view.candidate(number).recipe), f"candidate {number}")
-        found = stored.located(Path(view.facts["base_dir"]))
+        found = recipe_of(opened.run(run), candidate)
     if format == "mergekit":
-        from evomerge.checkpoints.layout import layout_of
-        from evomerge.checkpoints.opening import open_checkpoint
-        from evomerge.mergekit_writer import to_mergekit
-
-        first = found.reference
-        layout = layout_of(open_checkpoint(first.path, first.revision))
-        data = to_mergekit(found, layout)
+        data = as_mergekit(found)
         print_json(data) if as_json else typer.echo(dump_yaml(data), nl=False)
     elif as_json:
         print_json(found.to_json())

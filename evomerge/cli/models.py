@@ -9,7 +9,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from evomerge.cli.options import JsonOption, SetOption, StoreOption, byte_count, open_store
+from evomerge.cli.options import (
+    JsonOption,
+    ServerOption,
+    SetOption,
+    StoreOption,
+    TokenFileOption,
+    at_service,
+    byte_count,
+    open_client,
+    open_store,
+)
 
 OutArgument = Annotated[Path, typer.Argument(help="The directory to make.", show_default=False)]
 
@@ -70,17 +80,26 @@ def merge(
 
 
 def export(
+    context: typer.Context,
     run: Annotated[str, typer.Argument(help="Name of the run.", show_default=False)],
     out: OutArgument,
     candidate: Annotated[
         int | None, typer.Option("--candidate", min=0, help="Its number [the winner].")
     ] = None,
     store: StoreOption = None,
+    server: ServerOption = None,
+    token_file: TokenFileOption = None,
 ) -> None:
     """Write the winner of a run, or any candidate, as a model."""
     from evomerge.checkpoints.writer import check_target
 
     check_target(out)
+    if at_service(context, server, store):
+        from evomerge.cli.remote import fetch_export
+
+        with open_client(server, token_file) as client:
+            typer.echo(fetch_export(client, run, candidate, out))
+        return
     with open_store(store) as opened:
         view = opened.run(run)
         from evomerge.report.export import export_candidate

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evomerge.errors import StoreError, UserError
+from evomerge.errors import ServerError, StoreError, UserError
 
 if TYPE_CHECKING:
+    from evomerge.service.client import Client
     from evomerge.store import Store
 
 DEFAULT_STORE = "runs/evomerge.db"
@@ -21,6 +23,25 @@ StoreOption = Annotated[
         "--store",
         envvar="EVOMERGE_STORE",
         help=f"SQLite file or postgresql:// URL [{DEFAULT_STORE}].",
+        show_default=False,
+    ),
+]
+ServerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        envvar="EVOMERGE_SERVER",
+        metavar="URL",
+        help="A service to ask in place of a store, such as http://127.0.0.1:8642.",
+        show_default=False,
+    ),
+]
+TokenFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--token-file",
+        envvar="EVOMERGE_TOKEN_FILE",
+        help="The service's token file, where EVOMERGE_TOKEN is not set.",
         show_default=False,
     ),
 ]
@@ -68,3 +89,38 @@ def open_store(option: str | None, *, create: bool = False) -> Store:
     if create and "://" not in where:
         Path(where).parent.mkdir(parents=True, exist_ok=True)
     return Store.open(where, create=create)
+
+
+def shown_store(where: str) -> str:
+    """Return a store's path or URL as it may be shown: without a password."""
+    if "://" not in where:
+        return where
+    from evomerge.store.connect import locate, shown
+
+    return shown(locate(where))
+
+
+def at_service(context: typer.Context, server: str | None, store: str | None) -> bool:
+    """Return whether a command asks a service; an option counts for more than the environment.
+
+    Raises:
+        UserError: A store and a service are named alike.
+    """
+    if server is None or store is None:
+        return server is not None
+    given = [context.get_parameter_source(name) for name in ("server", "store")]
+    if given[0] == given[1]:
+        raise UserError(
+            "give either --server or --store (or EVOMERGE_SERVER or EVOMERGE_STORE), not both: "
+            f"{server} and {shown_store(store)}"
+        )
+    return getattr(given[0], "name", "") == "COMMANDLINE"
+
+
+def open_client(server: str | None, token_file: Path | None) -> Client:
+    """Return a client of the service that the options or the environment name."""
+    from evomerge.service.client import Client, token_from
+
+    if server is None:
+        raise ServerError("no service: name it with --server, such as http://127.0.0.1:8642")
+    return Client(server, token_from(os.environ.get("EVOMERGE_TOKEN"), token_file))

@@ -10,14 +10,29 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evomerge.cli.options import DEFAULT_STORE, JsonOption, SetOption, StoreOption, open_store, result_folder
-from evomerge.errors import redacted
+from evomerge.cli.options import (
+    DEFAULT_STORE,
+    JsonOption,
+    ServerOption,
+    SetOption,
+    StoreOption,
+    TokenFileOption,
+    at_service,
+    open_client,
+    open_store,
+    result_folder,
+    shown_store,
+)
 
 if TYPE_CHECKING:
     from evomerge.config import RunConfig
     from evomerge.store import RunView, Store
 
 ConfigArgument = Annotated[Path, typer.Argument(help="The run config, a YAML file.", show_default=False)]
+BaseOption = Annotated[
+    Path | None,
+    typer.Option("--relative-to", help="What its paths are relative to [the config's folder]."),
+]
 WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="Number of workers.")]
 
 
@@ -25,6 +40,7 @@ def run(
     config: ConfigArgument,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run [as in the config].")] = None,
     workers: WorkersOption = None,
+    relative_to: BaseOption = None,
     overrides: SetOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -36,7 +52,7 @@ def run(
     given += [f"name={name}"] if name else []
     given += [f"workers.count={workers}"] if workers else []
     parsed = read_config(config, given)
-    base_dir = config.parent.resolve()
+    base_dir = (relative_to or config.parent).resolve()
     where = store or _store_of(parsed, base_dir) or DEFAULT_STORE
     with open_store(where, create=True) as opened:
         view = drive(parsed, base_dir, opened)
@@ -44,6 +60,7 @@ def run(
 
 
 def resume(
+    context: typer.Context,
     run: Annotated[str, typer.Argument(help="Name of the run.", show_default=False)],
     evaluations: Annotated[int | None, typer.Option("--evaluations", min=1, help="New budget.")] = None,
     workers: WorkersOption = None,
@@ -52,9 +69,18 @@ def resume(
     ] = False,
     overrides: SetOption = None,
     store: StoreOption = None,
+    server: ServerOption = None,
+    token_file: TokenFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Go on with a run that was stopped, killed or finished."""
+    """Go on with a run that was stopped, killed or finished; at a service, queue it."""
+    if at_service(context, server, store):
+        from evomerge.cli.remote import queue_again
+
+        wish = {"evaluations": evaluations, "workers": workers, "changes": list(overrides or [])}
+        with open_client(server, token_file) as client:
+            queue_again(client, run, {**wish, "accept_drift": accept_drift}, as_json=as_json)
+        return
     given = list(overrides or [])
     given += [f"budget.evaluations={evaluations}"] if evaluations else []
     given += [f"workers.count={workers}"] if workers else []
@@ -108,9 +134,10 @@ def finish(view: RunView, store: str, *, as_json: bool) -> None:
         console.print(data["verdict"], markup=False)
     for kind, path in files.items():
         console.print(f"{kind}: {path}", soft_wrap=True, markup=False)
-    where = f" --store {redacted(store)}" if store != DEFAULT_STORE else ""
+    place = shown_store(store)
+    where = f" --store {place}" if store != DEFAULT_STORE else ""
     if where:
-        console.print(f"store: {redacted(store)}", soft_wrap=True, markup=False)
+        console.print(f"store: {place}", soft_wrap=True, markup=False)
     if view.status != "finished":
         console.print(f"run {view.name} is {status_of(view)}")
         step = f"evomerge resume {view.name}{where}"
@@ -159,6 +186,7 @@ def _store_of(config: RunConfig, base_dir: Path) -> str | None:
 
 def validate(
     config: ConfigArgument,
+    relative_to: BaseOption = None,
     overrides: SetOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -169,7 +197,7 @@ def validate(
     from evomerge.report.estimate import estimate
     from evomerge.sourcing import names_runs, with_recipes
 
-    parsed, base_dir = read_config(config, overrides or []), config.parent.resolve()
+    parsed, base_dir = read_config(config, overrides or []), (relative_to or config.parent).resolve()
     if names_runs(parsed):
         with open_store(store or _store_of(parsed, base_dir)) as opened:
             parsed = with_recipes(parsed, base_dir, opened)

@@ -14,9 +14,10 @@ from jinja2 import Environment, StrictUndefined
 
 from evomerge.checkpoints.whole import write_whole
 from evomerge.errors import RecipeError, UserError
-from evomerge.recipe import Recipe, Rule, parse_recipe
+from evomerge.recipe import Recipe, parse_recipe
 from evomerge.records import SPLITS
 from evomerge.report import figures
+from evomerge.report.depth import WHOLE, by_parameter
 from evomerge.report.figures import Drawing, Estimate, Look
 from evomerge.report.niches import population_section, segment_coefficients
 from evomerge.report.path_figure import path_context
@@ -24,7 +25,6 @@ from evomerge.report.summary import Summary
 from evomerge.store import RunView
 
 MOST_REASONS = 20
-WHOLE = "merge"
 OVERALL = "score over all tasks"
 PHASES = ("merge", "evaluate", "other")
 
@@ -85,7 +85,9 @@ def _context(summary: Summary) -> dict[str, Any]:
     recipe = _recipe(summary)
     # Of a path, what is left to show over depth is the merge that it runs through, if it is one.
     merge = recipe.reference.recipe if recipe and recipe.path else recipe
-    events = run.events()
+    events = [
+        e for kind in ("drift_accepted", "started", "optimizer_finished") for e in run.events(kind=kind)
+    ]
     return {
         **data,
         "verdict": summary.verdict,
@@ -124,7 +126,7 @@ def _recipe(summary: Summary) -> Recipe | None:
     if summary.best is None:
         return None
     with contextlib.suppress(RecipeError):
-        return parse_recipe(dict(summary.candidates[summary.best].recipe), f"candidate {summary.best}")
+        return parse_recipe(summary.recipe(summary.best), f"candidate {summary.best}")
     return None
 
 
@@ -165,12 +167,6 @@ def _progress(summary: Summary, looks: Mapping[int, Look]) -> dict[str, Any] | N
 # Figure 2: the recipe over depth.
 
 
-def _tensors(rule: Rule, alone: bool) -> str:
-    if rule.general:
-        return "all tensors" if alone else "other tensors"
-    return " ".join(part for part in (rule.role, f'"{rule.match}"' if rule.match else None) if part)
-
-
 def _coefficients(
     recipe: Recipe | None, facts: Mapping[str, Any], looks: Mapping[int, Look]
 ) -> dict[str, Any]:
@@ -179,21 +175,15 @@ def _coefficients(
     empty: dict[str, Any] = {"drawing": None, "looks": [], "names": [], "constants": [], "whole": []}
     if recipe is None:
         return empty
-    found: dict[tuple[str, str], dict[str, Rule]] = {}
-    owners = [(source.name, source.parameters) for source in recipe.sources]
-    for owner, settings in (*owners, (WHOLE, recipe.parameters)):
-        for parameter, setting in settings.items():
-            for rule in setting:
-                key = (parameter, _tensors(rule, len(setting) == 1))
-                found.setdefault(key, {}).setdefault(owner, rule)
+    owners = [source.name for source in recipe.sources]
     by_name = {look.name: look for number, look in looks.items()} | {WHOLE: Look(WHOLE, "ink", "o")}
-    for place, (owner, _) in enumerate(owners):
+    for place, owner in enumerate(owners):
         # Sources that were no baselines, as in a run that is not that far.
         by_name.setdefault(owner, _look(owner, place))
     if recipe.segments:
         return segment_coefficients(recipe, facts, by_name) or empty
     panels, constants, whole = [], [], []
-    for (parameter, tensors), rules in found.items():
+    for (parameter, tensors), rules in by_parameter(recipe).items():
         if layers > 1 and any(isinstance(rule.value, tuple) for rule in rules.values()):
             depths = [layer / (layers - 1) for layer in range(layers)]
             lines = [(by_name[o], [float(rule.at(d)) for d in depths]) for o, rule in rules.items()]
@@ -201,13 +191,13 @@ def _coefficients(
         elif WHOLE in rules:
             whole.append((parameter, tensors, rules[WHOLE].value))
         else:
-            cells = [rules[name].value if name in rules else None for name, _ in owners]
+            cells = [rules[name].value if name in rules else None for name in owners]
             constants.append((parameter, tensors, cells))
     drawn = {look.name: look for panel in panels for look, _ in panel.lines}
     return {
         "drawing": figures.coefficients(panels, _panels_in_words(panels)) if panels else None,
         "looks": list(drawn.values()),
-        "names": [name for name, _ in owners],
+        "names": owners,
         "constants": constants,
         "whole": whole,
     }

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.errors import StoreError
+from evomerge.errors import ConflictError
 from evomerge.optimizers import create
 from evomerge.optimizers.niches import Niches
 from evomerge.optimizers.niches_sharing import Array, coverage, entropy
@@ -97,12 +97,12 @@ class Population:
         parents: Number of every proposed candidate to those of its parents.
 
     Raises:
-        StoreError: The run has another optimizer, or nothing was scored yet.
+        ConflictError: The run has another optimizer, or nothing was scored yet.
     """
 
     def __init__(self, run: RunView) -> None:
         if (run.config.get("optimizer") or {}).get("name") != "niches":
-            raise StoreError(f'run "{run.name}": only runs of the optimizer niches have a population')
+            raise ConflictError(f'run "{run.name}": only runs of the optimizer niches have a population')
         self.run = run
         log = run.log()
         self._candidates = {asked.candidate.index or 0: asked.candidate for asked in log.asked}
@@ -121,7 +121,7 @@ class Population:
         for outcome in told[count:]:
             self._tell(index_of, outcome)
         if self._optimizer.archive is None:
-            raise StoreError(f'run "{run.name}": nothing has been scored yet, so nobody lives')
+            raise ConflictError(f'run "{run.name}": nothing has been scored yet, so nobody lives')
         number = {index: candidate.number for index, candidate in self._candidates.items()}
         self.parents = {
             number[index]: tuple(number[parent] for parent in parents)

@@ -20,13 +20,16 @@ from evomerge.fitness.selection import (
 from evomerge.records import Candidate, Outcome
 from evomerge.store import RunView
 
+FAILED_SHOWN = 5
+"""How many outcomes without a score `show` lists."""
+
 
 class Summary:
     """A run's candidates and outcomes, and what follows from them.
 
     Attributes:
         run: The run.
-        candidates: All candidates by number.
+        candidates: All candidates by number, without genome and recipe; `recipe` has these.
         outcomes: (candidate number, document set key) to outcome.
         search: Candidate number to search score.
         best: Number of the winner on select documents; of the best by search score while there is none;
@@ -41,7 +44,7 @@ class Summary:
         for key in ("select", "test"):
             self.outcomes.update({(o.candidate, key): o for o in run.outcomes(key)})
         # Read after the outcomes: a run that goes on may record a candidate and its outcome in between.
-        self.candidates = {candidate.number: candidate for candidate in run.candidates()}
+        self.candidates = {candidate.number: candidate for candidate in run.candidates(whole=False)}
         self.search = search_score(self.outcomes.values())
         ordered = list(self.candidates.values())
         self.baselines = kept_baselines(ordered, self.search)
@@ -76,6 +79,10 @@ class Summary:
                 values = [scored[n].values for n in numbers]
                 found[key] = numbers, Resampled(self.rules, values, level=LEVEL, seed=seed)
         return found
+
+    def recipe(self, number: int) -> dict[str, Any]:
+        """Return a candidate's recipe as plain data."""
+        return dict(self.run.candidate(number).recipe)
 
     def scores(self, number: int, key: str) -> dict[str, Any] | None:
         """Return a candidate's score on a document set with intervals where there are any; None if unscored.
@@ -238,7 +245,7 @@ class Summary:
             best = {
                 **self.row(candidate, "winner"),
                 "chosen_on": "select" if self.chosen else "search",
-                "recipe": dict(candidate.recipe),
+                "recipe": self.recipe(self.best),
                 "digest": candidate.digest,
             }
         found = [
@@ -266,10 +273,12 @@ class Summary:
             "gain": found[0] if found else None,
             "gains": found,
             "verdict": self.verdict,
-            "looks_at_test": sum(event.kind == "test_opened" for event in run.events()),
+            "looks_at_test": len(run.events(kind="test_opened")),
             "seconds": self.seconds(),
             "evaluation": self.evaluation(),
             "optimizer": self.optimizer_lines(),
+            "notes": self.evaluation_lines(),
+            "failed": self.failures()[:FAILED_SHOWN],
         }
 
 

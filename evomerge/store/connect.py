@@ -12,12 +12,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
-from sqlalchemy import URL, Connection, Engine, create_engine, event, insert, inspect, make_url, select, text
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    create_engine,
+    event,
+    insert,
+    inspect,
+    make_url,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 
 from evomerge.errors import StoreError
 from evomerge.faults import reached
-from evomerge.store.tables import META, METADATA, SCHEMA
+from evomerge.store.tables import EVENTS, META, METADATA, SCHEMA
 
 _log = logging.getLogger(__name__)
 
@@ -206,18 +218,33 @@ def prepare(reader: Engine, writer: Engine, *, create: bool) -> None:
     if sqlite:
         _check_file(Path(str(reader.url.database)), create=create)
     with reader.begin() as connection:
-        if not _has_tables(connection) and not create:
+        version = _version(connection)
+        if not version and not create:
             raise StoreError(f"store {shown(reader.url)}: it is empty; start a run in it first")
     if sqlite:
         _use_wal(reader)
-    if not create:
+    if version == SCHEMA:
         return
     with writer.begin() as connection:
         lock(connection)
-        if not _has_tables(connection):
-            METADATA.create_all(connection)
-            connection.execute(insert(META).values(key="schema_version", value=str(SCHEMA)))
-            reached("tables_made")
+        _upgrade(connection, _version(connection))
+
+
+def _upgrade(connection: Connection, version: int) -> None:
+    """Bring the tables from a version to the present one; 0: there are none yet.
+
+    Version 2 has more tables and one more index; what version 1 wrote stays as it is.
+    """
+    if version == SCHEMA:
+        return
+    METADATA.create_all(connection)
+    if version == 0:
+        connection.execute(insert(META).values(key="schema_version", value=str(SCHEMA)))
+        reached("tables_made")
+        return
+    for index in EVENTS.indexes:
+        index.create(connection, checkfirst=True)
+    connection.execute(update(META).where(META.c.key == "schema_version").values(value=str(SCHEMA)))
 
 
 def lock(connection: Connection) -> None:
@@ -226,8 +253,8 @@ def lock(connection: Connection) -> None:
         connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
 
 
-def _has_tables(connection: Connection) -> bool:
-    """Return whether the tables are there; raise StoreError if others are, or another version's."""
+def _version(connection: Connection) -> int:
+    """Return the tables' version, 0 if there are none; raise StoreError if others' or newer ones are."""
     place = shown(connection.engine.url)
     names = set(inspect(connection).get_table_names())
     if META.name not in names:
@@ -235,7 +262,7 @@ def _has_tables(connection: Connection) -> bool:
         if foreign:
             listed = ", ".join(sorted(foreign)[:3])
             raise StoreError(f"store {place}: it holds tables of another program ({listed}); give another")
-        return False
+        return 0
     try:
         version = connection.execute(
             select(META.c.value).where(META.c.key == "schema_version")
@@ -244,12 +271,12 @@ def _has_tables(connection: Connection) -> bool:
         version = None
     if version is None or not version.isdecimal():
         raise StoreError(f'store {place}: its table "meta" is of another program; give another')
-    if int(version) != SCHEMA:
+    if not 1 <= int(version) <= SCHEMA:
         raise StoreError(
             f"store {place}: its schema is version {version}, this evomerge reads version {SCHEMA};"
             " use the evomerge that wrote it, or another store"
         )
-    return True
+    return int(version)
 
 
 def _check_file(path: Path, *, create: bool) -> None:

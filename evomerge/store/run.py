@@ -15,6 +15,7 @@ from evomerge.faults import reached
 from evomerge.records import Candidate, DocumentSet, Outcome
 from evomerge.store.connect import insist
 from evomerge.store.tables import (
+    ACTIVITY,
     CANDIDATES,
     DOCUMENT_SETS,
     EVENTS,
@@ -86,7 +87,7 @@ class Run(RunView):
         with self._writing(updated=now()) as connection:
             following = connection.execute(
                 select(func.coalesce(func.max(CANDIDATES.c.number) + 1, 0)).where(
-                    CANDIDATES.c.run_id == self._id
+                    CANDIDATES.c.run_id == self.id
                 )
             ).scalar_one()
             numbers = [row["number"] for row in rows]
@@ -100,7 +101,7 @@ class Run(RunView):
 
     @_insisting
     def add_outcome(self, outcome: Outcome, fitness_digest: str) -> None:
-        """Record an outcome.
+        """Record an outcome, and an event `outcome` that says so.
 
         Args:
             outcome: Of a recorded candidate, on documents on which it has none yet.
@@ -113,6 +114,8 @@ class Run(RunView):
         row = self._outcome_row(outcome, fitness_digest)
         key = {name: row[name] for name in ("run_id", "candidate", "documents")}
         where = f'run "{self.name}": candidate {outcome.candidate}'
+        said = {name: row[name] for name in ("candidate", "documents", "status", "score")}
+        event = pack(said, where)
         with self._writing(updated=now()) as connection:
             known, taken = connection.execute(_KNOWN_AND_TAKEN, key).one()
             if not known:
@@ -120,9 +123,10 @@ class Run(RunView):
             if taken:
                 raise StoreError(f'{where} has an outcome on "{outcome.documents}" already; it is kept')
             connection.execute(insert(OUTCOMES).values(**row, recorded=now()))
-            tally = {"run_id": self._id, "split": row["split"], "status": row["status"]}
+            tally = {"run_id": self.id, "split": row["split"], "status": row["status"]}
             if not connection.execute(_COUNT_ONE_MORE, {f"at_{k}": v for k, v in tally.items()}).rowcount:
                 connection.execute(insert(TALLIES), {**tally, "number": 1})
+            self._append_event(connection, "outcome", event)
             reached("outcome_written")
 
     @_insisting
@@ -140,7 +144,7 @@ class Run(RunView):
         """
         with self._writing(updated=now()) as connection:
             before = connection.execute(
-                select(func.coalesce(func.max(OUTCOMES.c.told) + 1, 0)).where(OUTCOMES.c.run_id == self._id)
+                select(func.coalesce(func.max(OUTCOMES.c.told) + 1, 0)).where(OUTCOMES.c.run_id == self.id)
             ).scalar_one()
             if numbers:
                 self._mark_told(connection, numbers, documents, before)
@@ -166,11 +170,11 @@ class Run(RunView):
         with self._writing(updated=now()) as connection:
             known = connection.execute(
                 select(DOCUMENT_SETS.c.ids).where(
-                    DOCUMENT_SETS.c.run_id == self._id, DOCUMENT_SETS.c.key == key
+                    DOCUMENT_SETS.c.run_id == self.id, DOCUMENT_SETS.c.key == key
                 )
             ).scalar_one_or_none()
             if known is None:
-                connection.execute(insert(DOCUMENT_SETS).values(run_id=self._id, key=key, ids=text))
+                connection.execute(insert(DOCUMENT_SETS).values(run_id=self.id, key=key, ids=text))
             elif known != text:
                 raise StoreError(
                     f'run "{self.name}": the documents of "{key}" changed since the run began;'
@@ -203,15 +207,23 @@ class Run(RunView):
     def add_event(self, kind: str, data: Mapping[str, Any]) -> None:
         """Append an event."""
         text = pack(dict(data), f'event "{kind}"')
-        following = (
-            select(func.coalesce(func.max(EVENTS.c.id), 0) + 1)
-            .where(EVENTS.c.run_id == self._id)
-            .scalar_subquery()
-        )
         with self._writing(updated=now()) as connection:
-            connection.execute(
-                insert(EVENTS).values(run_id=self._id, id=following, at=now(), kind=kind, data=text)
+            self._append_event(connection, kind, text)
+
+    def _append_event(self, connection: Connection, kind: str, text: str) -> None:
+        values = {"event_run": self.id, "event_kind": kind, "event_data": text}
+        connection.execute(_APPEND_EVENT, values)
+
+    @_insisting
+    def set_activity(self, data: Mapping[str, Any]) -> None:
+        """Replace what the workers do at the moment."""
+        values = {"at": now(), "data": pack(dict(data), "the activity")}
+        with self._writing() as connection:
+            changed = connection.execute(
+                update(ACTIVITY).where(ACTIVITY.c.run_id == self.id).values(**values)
             )
+            if not changed.rowcount:
+                connection.execute(insert(ACTIVITY).values(run_id=self.id, **values))
 
     @_insisting
     def heartbeat(self) -> None:
@@ -233,7 +245,7 @@ class Run(RunView):
         with self._store.writing() as connection:
             beat = connection.execute(
                 update(RUNS)
-                .where(RUNS.c.id == self._id, RUNS.c.epoch == self._held, RUNS.c.owner.is_not(None))
+                .where(RUNS.c.id == self.id, RUNS.c.epoch == self._held, RUNS.c.owner.is_not(None))
                 .values(heartbeat=now(), **changes)
                 .returning(RUNS.c.heartbeat)
             ).scalar_one_or_none()
@@ -246,13 +258,13 @@ class Run(RunView):
         """Return whether the last transaction is there: only the driver moves its run's heartbeat."""
         if self._beat is None:
             return False
-        query = select(RUNS.c.heartbeat).where(RUNS.c.id == self._id, RUNS.c.epoch == self._held)
+        query = select(RUNS.c.heartbeat).where(RUNS.c.id == self.id, RUNS.c.epoch == self._held)
         with self._store.writing() as connection:
             # Waits for the transaction itself, should the server still be at it.
             return connection.execute(query.with_for_update()).scalar_one_or_none() == self._beat
 
     def _refusal(self, connection: Connection) -> Exception:
-        current = connection.execute(select(RUNS.c.epoch).where(RUNS.c.id == self._id)).scalar_one_or_none()
+        current = connection.execute(select(RUNS.c.epoch).where(RUNS.c.id == self.id)).scalar_one_or_none()
         if current == self._held:
             return StoreError(f'run "{self.name}": this driver released it; take it again to write')
         return LostRunError(f"lost run {self.name}: epoch {self._held}, now {current}")
@@ -269,14 +281,14 @@ class Run(RunView):
             "genome": None if candidate.genome is None else pack(candidate.genome, f"{what}: its genome"),
         }
         recipe = pack(dict(candidate.recipe), f"{what}: its recipe", *row.values())
-        return {"run_id": self._id, **row, "recipe": recipe}
+        return {"run_id": self.id, **row, "recipe": recipe}
 
     def _outcome_row(self, outcome: Outcome, fitness_digest: str) -> dict[str, Any]:
         what = f'run "{self.name}": outcome of candidate {outcome.candidate} on "{outcome.documents}"'
         record = outcome.to_json()
         values = record.pop("values")
         return {
-            "run_id": self._id,
+            "run_id": self.id,
             "candidate": outcome.candidate,
             "documents": outcome.documents,
             "split": DocumentSet.of_key(outcome.documents).split,
@@ -290,12 +302,12 @@ class Run(RunView):
         }
 
     def _mark_told(self, connection: Connection, numbers: Sequence[int], documents: str, before: int) -> None:
-        keys = {"at_run": self._id, "at_documents": documents}
+        keys = {"at_run": self.id, "at_documents": documents}
         connection.execute(
             _MARK_TOLD, [{**keys, "at_number": n, "place": before + i} for i, n in enumerate(numbers)]
         )
         marked = connection.execute(
-            select(func.count()).where(OUTCOMES.c.run_id == self._id, OUTCOMES.c.told >= before)
+            select(func.count()).where(OUTCOMES.c.run_id == self.id, OUTCOMES.c.told >= before)
         ).scalar_one()
         if marked != len(numbers):
             raise StoreError(
@@ -306,11 +318,11 @@ class Run(RunView):
     def _add_snapshot(self, connection: Connection, snapshot: Snapshot) -> None:
         state = squeeze(dict(snapshot.state), f'run "{self.name}": the optimizer\'s state')
         sequence = connection.execute(
-            select(func.coalesce(func.max(SNAPSHOTS.c.sequence), 0) + 1).where(SNAPSHOTS.c.run_id == self._id)
+            select(func.coalesce(func.max(SNAPSHOTS.c.sequence), 0) + 1).where(SNAPSHOTS.c.run_id == self.id)
         ).scalar_one()
         connection.execute(
             insert(SNAPSHOTS).values(
-                run_id=self._id,
+                run_id=self.id,
                 sequence=sequence,
                 asked=snapshot.asked,
                 told=snapshot.told,
@@ -320,7 +332,7 @@ class Run(RunView):
         )
         connection.execute(
             delete(SNAPSHOTS).where(
-                SNAPSHOTS.c.run_id == self._id, SNAPSHOTS.c.sequence <= sequence - SNAPSHOTS_KEPT
+                SNAPSHOTS.c.run_id == self.id, SNAPSHOTS.c.sequence <= sequence - SNAPSHOTS_KEPT
             )
         )
 
@@ -342,6 +354,16 @@ _KNOWN_AND_TAKEN = select(
         OUTCOMES.c.candidate == bindparam("candidate"),
         OUTCOMES.c.documents == bindparam("documents"),
     ),
+)
+
+_APPEND_EVENT = insert(EVENTS).values(
+    run_id=bindparam("event_run"),
+    id=select(func.coalesce(func.max(EVENTS.c.id), 0) + 1)
+    .where(EVENTS.c.run_id == bindparam("event_run"))
+    .scalar_subquery(),
+    at=now(),
+    kind=bindparam("event_kind"),
+    data=bindparam("event_data"),
 )
 
 _COUNT_ONE_MORE = (

@@ -12,7 +12,7 @@ from typing import Any, Self, cast
 
 from sqlalchemy import Connection, Engine, insert, select, update
 
-from evomerge.errors import StoreError, nearest
+from evomerge.errors import ConflictError, MissingError, StoreError, nearest
 from evomerge.faults import reached
 from evomerge.store.connect import insist, locate, lock, make_engine, prepare, shown, translated
 from evomerge.store.owner import LEASE_SECONDS, Owner
@@ -94,12 +94,8 @@ class Store:
             "facts": pack(dict(facts), f'run "{name}": its facts'),
         }
         with self.writing() as connection:
-            lock(connection)
-            if connection.execute(select(RUNS.c.id).where(RUNS.c.name == name)).first():
-                raise StoreError(
-                    f'run "{name}" exists in store {self.location}: evomerge resume {name},'
-                    " or give another name"
-                )
+            self.lock(connection)
+            self.check_free(connection, name)
             connection.execute(insert(RUNS).values(**row, heartbeat=now(), created=now(), updated=now()))
             reached("run_written")
             return Run(self, connection.execute(RUN_ROW.where(RUNS.c.name == name)).one())
@@ -150,6 +146,12 @@ class Store:
 
         return cast(RunView, insist(fetch))
 
+    def find(self, name: str) -> RunView | None:
+        """Return a run to read; None if there is none of that name."""
+        with self.reading() as connection:
+            row = connection.execute(RUN_ROW.where(RUNS.c.name == name)).one_or_none()
+        return None if row is None else RunView(self, row)
+
     def runs(self) -> list[RunView]:
         """Return all runs to read, oldest first."""
         with self.reading() as connection:
@@ -180,10 +182,21 @@ class Store:
         with self._turn, translated(self._engine.url), self._writer.begin() as connection:
             yield connection
 
+    def lock(self, connection: Connection) -> None:
+        """Let one writing transaction at a time pass here, until it ends."""
+        lock(connection)
+
+    def check_free(self, connection: Connection, name: str) -> None:
+        """Raise ConflictError if there is a run of that name."""
+        if connection.execute(select(RUNS.c.id).where(RUNS.c.name == name)).first():
+            raise ConflictError(
+                f'run "{name}" exists in store {self.location}: evomerge resume {name}, or give another name'
+            )
+
     def _check_process(self) -> None:
         if self._pid != os.getpid():
             raise StoreError(f"store {self.location}: it was opened before a fork; open it in this process")
 
     def _unknown(self, connection: Connection, name: str) -> StoreError:
         names = connection.execute(select(RUNS.c.name)).scalars().all()
-        return StoreError(f'there is no run "{name}" in store {self.location}{nearest(name, names)}')
+        return MissingError(f'there is no run "{name}" in store {self.location}{nearest(name, names)}')

@@ -26,7 +26,7 @@ from sqlalchemy.sql.expression import FunctionElement
 from evomerge.errors import StoreError
 
 SCHEMA = 2
-"""Version of the tables below; a store of another version is refused."""
+"""Version of the tables below; an older store is brought to it when it is opened, a newer one is refused."""
 
 METADATA = MetaData()
 
@@ -123,6 +123,68 @@ EVENTS = Table(
     Column("at", Double, nullable=False),
     Column("kind", Text, nullable=False),
     Column("data", Text, nullable=False),
+    Index("events_kind", "run_id", "kind", "id"),
+)
+
+# What anybody asks of the driver that has the run at this epoch.
+REQUESTS = Table(
+    "requests",
+    METADATA,
+    Column("run_id", ForeignKey(RUNS.c.id), primary_key=True),
+    Column("epoch", Integer, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("at", Double, nullable=False),
+)
+
+# What the workers do at the moment: overwritten, no history.
+ACTIVITY = Table(
+    "activity",
+    METADATA,
+    Column("run_id", ForeignKey(RUNS.c.id), primary_key=True),
+    Column("at", Double, nullable=False),
+    Column("data", Text, nullable=False),
+)
+
+# The queue of a service. A job has the name of its run, which does not exist before its driver starts.
+JOBS = Table(
+    "jobs",
+    METADATA,
+    Column("id", Integer, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("service", Text, nullable=False),
+    Column("key", Text, unique=True),
+    Column("digest", Text, nullable=False),
+    Column("config", Text, nullable=False),
+    Column("folder", Text, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("outcome", Text, nullable=False),
+    Column("error", Text, nullable=False),
+    Column("options", Text, nullable=False),
+    Column("cancel", Text, nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("restarts", Integer, nullable=False),
+    Column("outcomes", Integer, nullable=False),
+    Column("handle", Text, nullable=False),
+    Column("queued", Double, nullable=False),
+    Column("updated", Double, nullable=False),
+    Index("jobs_state", "service", "state", "priority", "id"),
+)
+
+EXPORTS = Table(
+    "exports",
+    METADATA,
+    Column("id", Integer, primary_key=True),
+    Column("service", Text, nullable=False),
+    Column("run", Text, nullable=False),
+    Column("candidate", Integer),
+    Column("state", Text, nullable=False),
+    Column("path", Text, nullable=False),
+    Column("error", Text, nullable=False),
+    Column("created", Double, nullable=False),
+    Column("updated", Double, nullable=False),
+    Index("exports_run", "run", "id"),
 )
 
 

@@ -8,17 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, func, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, delete, func, insert, select
 
-from evomerge.errors import StoreError
+from evomerge.errors import ConflictError, MissingError, StoreError
 from evomerge.records import Candidate, Outcome
 from evomerge.store.connect import Result, insist
 from evomerge.store.owner import Owner
 from evomerge.store.tables import (
+    ACTIVITY,
     CANDIDATES,
     DOCUMENT_SETS,
     EVENTS,
     OUTCOMES,
+    REQUESTS,
     RUNS,
     SNAPSHOTS,
     TALLIES,
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _SAME_CANDIDATE = and_(CANDIDATES.c.run_id == OUTCOMES.c.run_id, CANDIDATES.c.number == OUTCOMES.c.candidate)
+
+_WITHOUT_RECIPE = ("number", "origin", "generation", "idx", "digest")
 
 RUN_ROW = select(RUNS, (now() - RUNS.c.heartbeat).label("silence"))
 """What a RunView is made of."""
@@ -116,6 +120,7 @@ class RunView:
     """A run, read only. Attributes are as of when it was fetched, methods read the store.
 
     Attributes:
+        id: Its number in the store.
         name: Its name, unique in the store.
         status: `running`, `stopped`, `failed` or `finished`. It stays `running` when a driver is killed:
             look at `owner_alive`.
@@ -132,7 +137,7 @@ class RunView:
     def __init__(self, store: Store, row: Row[Any]) -> None:
         """Make it from a row of `RUN_ROW`."""
         self._store = store
-        self._id: int = row.id
+        self.id: int = row.id
         self.name: str = row.name
         self.status: str = row.status
         self.config: dict[str, Any] = unpack(row.config, f'run "{row.name}": its config')
@@ -145,17 +150,28 @@ class RunView:
             self.owner = Owner.of_json(row.owner)
             self.owner_alive = self.owner is not None and self.owner.alive(row.silence)
 
-    def candidates(self) -> list[Candidate]:
-        """Return all candidates by number."""
-        query = select(CANDIDATES).where(CANDIDATES.c.run_id == self._id).order_by(CANDIDATES.c.number)
-        return [self._candidate(row) for row in self._rows(query)]
+    def candidates(self, *, whole: bool = True) -> list[Candidate]:
+        """Return all candidates by number.
+
+        Args:
+            whole: Read genome and recipe too; without, `Candidate.genome` is None and `recipe` empty, and
+                100,000 candidates are read in a second.
+        """
+        columns = CANDIDATES.c if whole else [CANDIDATES.c[name] for name in _WITHOUT_RECIPE]
+        query = select(*columns).where(CANDIDATES.c.run_id == self.id).order_by(CANDIDATES.c.number)
+        if whole:
+            return [self._candidate(row) for row in self._rows(query)]
+        return [
+            Candidate(row.number, row.origin, row.generation, row.idx, None, {}, row.digest)
+            for row in self._rows(query)
+        ]
 
     def candidate(self, number: int) -> Candidate:
         """Return one candidate; StoreError if there is none with that number."""
-        query = select(CANDIDATES).where(CANDIDATES.c.run_id == self._id, CANDIDATES.c.number == number)
+        query = select(CANDIDATES).where(CANDIDATES.c.run_id == self.id, CANDIDATES.c.number == number)
         for row in self._rows(query):
             return self._candidate(row)
-        raise StoreError(f'run "{self.name}": there is no candidate {number}')
+        raise MissingError(f'run "{self.name}": there is no candidate {number}')
 
     def outcomes(self, documents: str | None = None, *, values: bool = True) -> list[Outcome]:
         """Return outcomes by candidate number, then by documents.
@@ -165,7 +181,7 @@ class RunView:
             values: Read the per-document values too; without, `Outcome.values` is empty and 100,000
                 outcomes are read in seconds.
         """
-        query = _outcomes(OUTCOMES.c.run_id == self._id, values=values)
+        query = _outcomes(OUTCOMES.c.run_id == self.id, values=values)
         if documents is not None:
             query = query.where(OUTCOMES.c.documents == documents)
         rows = self._rows(query.order_by(OUTCOMES.c.candidate, OUTCOMES.c.documents))
@@ -174,7 +190,7 @@ class RunView:
     def outcome(self, number: int, documents: str) -> Outcome | None:
         """Return a candidate's outcome on a document set; None if it has none yet."""
         query = _outcomes(
-            OUTCOMES.c.run_id == self._id,
+            OUTCOMES.c.run_id == self.id,
             OUTCOMES.c.candidate == number,
             OUTCOMES.c.documents == documents,
         )
@@ -193,21 +209,21 @@ class RunView:
         """
         query = (
             _outcomes(
-                CANDIDATES.c.run_id.in_([self._id, *also]),
+                CANDIDATES.c.run_id.in_([self.id, *also]),
                 CANDIDATES.c.digest == digest,
                 OUTCOMES.c.documents == documents,
                 OUTCOMES.c.fitness == fitness_digest,
                 OUTCOMES.c.status == "ok",
             )
             .join_from(CANDIDATES, OUTCOMES, _SAME_CANDIDATE)
-            .order_by(CANDIDATES.c.run_id != self._id, CANDIDATES.c.run_id, CANDIDATES.c.number)
+            .order_by(CANDIDATES.c.run_id != self.id, CANDIDATES.c.run_id, CANDIDATES.c.number)
             .limit(1)
         )
         return next((self._outcome(row) for row in self._rows(query)), None)
 
     def alike(self) -> list[int]:
         """Return other runs of the store that score as this one: same tasks, libraries and workers."""
-        rows = self._rows(select(RUNS.c.id, RUNS.c.config, RUNS.c.facts).where(RUNS.c.id != self._id))
+        rows = self._rows(select(RUNS.c.id, RUNS.c.config, RUNS.c.facts).where(RUNS.c.id != self.id))
         own = _scoring(self.config, self.facts)
         found = []
         for row in rows:
@@ -225,13 +241,13 @@ class RunView:
         asked, told = (after.asked, after.told) if after else (0, 0)
         asks = (
             select(CANDIDATES)
-            .where(CANDIDATES.c.run_id == self._id, CANDIDATES.c.idx >= asked)
+            .where(CANDIDATES.c.run_id == self.id, CANDIDATES.c.idx >= asked)
             .order_by(CANDIDATES.c.idx)
         )
-        tells = _outcomes(OUTCOMES.c.run_id == self._id, OUTCOMES.c.told >= told).order_by(OUTCOMES.c.told)
+        tells = _outcomes(OUTCOMES.c.run_id == self.id, OUTCOMES.c.told >= told).order_by(OUTCOMES.c.told)
         waits = (
             _outcomes(
-                OUTCOMES.c.run_id == self._id,
+                OUTCOMES.c.run_id == self.id,
                 OUTCOMES.c.told.is_(None),
                 OUTCOMES.c.split == "search",
                 CANDIDATES.c.idx.is_not(None),
@@ -256,7 +272,7 @@ class RunView:
     def document_set(self, key: str) -> dict[str, list[int]] | None:
         """Return the documents of a set by task, or None if the run has no such set."""
         query = select(DOCUMENT_SETS.c.ids).where(
-            DOCUMENT_SETS.c.run_id == self._id, DOCUMENT_SETS.c.key == key
+            DOCUMENT_SETS.c.run_id == self.id, DOCUMENT_SETS.c.key == key
         )
         for row in self._rows(query):
             ids: dict[str, list[int]] = unpack(row.ids, f'run "{self.name}": document set {key}')
@@ -265,7 +281,7 @@ class RunView:
 
     def latest_snapshot(self) -> Snapshot | None:
         """Return the newest undamaged snapshot, or None; damaged ones are logged and passed over."""
-        query = select(SNAPSHOTS).where(SNAPSHOTS.c.run_id == self._id).order_by(SNAPSHOTS.c.sequence.desc())
+        query = select(SNAPSHOTS).where(SNAPSHOTS.c.run_id == self.id).order_by(SNAPSHOTS.c.sequence.desc())
         for row in self._rows(query):
             try:
                 with intact("it"):
@@ -279,22 +295,64 @@ class RunView:
     def _snapshot_damaged(self, sequence: int, why: str) -> None:
         _log.warning('run "%s": snapshot %d is damaged (%s); using the one before', self.name, sequence, why)
 
-    def events(self, after: int = 0) -> list[Event]:
-        """Return the events whose id is above `after`, in order."""
-        query = select(EVENTS).where(EVENTS.c.run_id == self._id, EVENTS.c.id > after).order_by(EVENTS.c.id)
+    def events(self, after: int = 0, *, kind: str | None = None, limit: int | None = None) -> list[Event]:
+        """Return the events whose id is above `after`, in order.
+
+        Args:
+            after: The id.
+            kind: Only those of this kind; None: all.
+            limit: At most so many; None: all.
+        """
+        query = select(EVENTS).where(EVENTS.c.run_id == self.id, EVENTS.c.id > after)
+        if kind is not None:
+            query = query.where(EVENTS.c.kind == kind)
         return [
             Event(row.id, row.at, row.kind, unpack(row.data, f'run "{self.name}": event {row.id}'))
-            for row in self._rows(query)
+            for row in self._rows(query.order_by(EVENTS.c.id).limit(limit))
         ]
+
+    def last_event(self) -> int:
+        """Return the id of the newest event, 0 if there is none."""
+        query = select(func.coalesce(func.max(EVENTS.c.id), 0).label("last"))
+        return int(self._rows(query.where(EVENTS.c.run_id == self.id))[0].last)
+
+    def activity(self) -> tuple[float, dict[str, Any]] | None:
+        """Return when the driver last said what its workers do, in Unix seconds, and what; None: never."""
+        for row in self._rows(select(ACTIVITY).where(ACTIVITY.c.run_id == self.id)):
+            return row.at, unpack(row.data, f'run "{self.name}": its activity')
+        return None
+
+    def request(self, action: str) -> None:
+        """Ask the present driver for something: `stop` after the running candidates, or `now`.
+
+        Raises:
+            ConflictError: The run has no living driver.
+        """
+        if action not in ("stop", "now"):
+            raise ValueError(f'request "{action}" is unknown; known: stop, now')
+        view = self._store.run(self.name)
+        if not view.owner_alive:
+            status = "interrupted" if view.status == "running" else view.status
+            raise ConflictError(f'run "{self.name}" has no driver that could stop; it is {status}')
+        with self._store.writing() as connection:
+            connection.execute(delete(REQUESTS).where(REQUESTS.c.run_id == self.id))
+            connection.execute(
+                insert(REQUESTS).values(run_id=self.id, epoch=view.epoch, action=action, at=now())
+            )
+
+    def requested(self) -> str:
+        """Return what was asked of the driver of this epoch; empty for nothing."""
+        mine = (REQUESTS.c.run_id == self.id, REQUESTS.c.epoch == self.epoch)
+        return next((row.action for row in self._rows(select(REQUESTS.c.action).where(*mine))), "")
 
     def counts(self) -> Counts:
         """Return numbers for progress, as of one moment; as cheap for 100,000 candidates as for ten."""
-        best = and_(OUTCOMES.c.run_id == self._id, OUTCOMES.c.split == "search", OUTCOMES.c.status == "ok")
+        best = and_(OUTCOMES.c.run_id == self.id, OUTCOMES.c.split == "search", OUTCOMES.c.status == "ok")
         with self._store.reading() as connection:
             last = connection.execute(
-                select(func.max(CANDIDATES.c.number)).where(CANDIDATES.c.run_id == self._id)
+                select(func.max(CANDIDATES.c.number)).where(CANDIDATES.c.run_id == self.id)
             ).scalar_one()
-            tallies = connection.execute(select(TALLIES).where(TALLIES.c.run_id == self._id)).all()
+            tallies = connection.execute(select(TALLIES).where(TALLIES.c.run_id == self.id)).all()
             score = connection.execute(select(func.max(OUTCOMES.c.score)).where(best)).scalar_one()
             candidate = connection.execute(
                 select(func.min(OUTCOMES.c.candidate)).where(best, OUTCOMES.c.score == score)

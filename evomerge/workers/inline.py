@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
 from evomerge.records import Outcome
-from evomerge.workers.pool import Job, Pool, PoolState
+from evomerge.workers.pool import Job, Pool, PoolState, WorkerNow
 from evomerge.workers.settings import WorkerSpec
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class InlinePool(Pool):
         self._spec = spec
         self._worker: Worker | None = None
         self._jobs: deque[Job] = deque()
+        self._since = 0.0
 
     def start(self) -> None:
         """Load the worker, and with it torch."""
@@ -38,6 +40,7 @@ class InlinePool(Pool):
     def submit(self, job: Job) -> None:
         """Take a job."""
         self._jobs.append(job)
+        self._since = time.time()
 
     def withdraw(self) -> int:
         """Forget the job that waits."""
@@ -54,6 +57,14 @@ class InlinePool(Pool):
     def state(self) -> PoolState:
         """Return one worker, idle between calls."""
         return PoolState(workers=1 if self._worker else 0, running=len(self._jobs), deaths=0)
+
+    def workers_now(self) -> list[WorkerNow]:
+        """Return the worker with the job that it will run at once."""
+        if self._worker is None:
+            return []
+        if not self._jobs:
+            return [WorkerNow(0, "idle")]
+        return [WorkerNow(0, "busy", self._jobs[0].candidate, self._jobs[0].documents, self._since)]
 
     def close(self, *, kill: bool = False) -> None:
         """Forget the worker."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from evomerge.fitness.racing import Race
 from evomerge.records import Outcome
@@ -51,6 +51,25 @@ class PoolState:
     loss: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerNow:
+    """One worker and what it does.
+
+    Attributes:
+        worker: Its number in this session.
+        state: `starting`, `idle` or `busy`.
+        candidate: What it scores; None: nothing.
+        documents: On which document set.
+        since: Since when, in Unix seconds.
+    """
+
+    worker: int
+    state: Literal["starting", "idle", "busy"]
+    candidate: int | None = None
+    documents: str | None = None
+    since: float | None = None
+
+
 class Pool(ABC):
     """Runs jobs on workers; used from one thread, as a context manager."""
 
@@ -82,6 +101,10 @@ class Pool(ABC):
     @abstractmethod
     def state(self) -> PoolState:
         """Return what the pool has at the moment."""
+
+    @abstractmethod
+    def workers_now(self) -> list[WorkerNow]:
+        """Return every worker and what it does at the moment."""
 
     @abstractmethod
     def close(self, *, kill: bool = False) -> None:

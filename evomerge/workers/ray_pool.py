@@ -18,7 +18,7 @@ import psutil
 
 from evomerge.errors import UserError
 from evomerge.records import Outcome
-from evomerge.workers.pool import Job, Pool, PoolState, lost
+from evomerge.workers.pool import Job, Pool, PoolState, WorkerNow, lost
 from evomerge.workers.ray_head import RayHead
 from evomerge.workers.settings import WorkerSettings, WorkerSpec
 
@@ -49,6 +49,8 @@ class _Slot:
     job: Job | None
     attempts: int
     deadline: float
+    number: int
+    since: float
     process: psutil.Process | None = None
 
 
@@ -75,6 +77,7 @@ class RayPool(Pool):
         self._needs: dict[str, float] = {}
         self._options: dict[str, Any] = {}
         self._grown = self._counted = 0.0
+        self._started = 0
 
     def start(self) -> None:
         """Connect to the cluster, or start one here, and start the workers."""
@@ -136,7 +139,10 @@ class RayPool(Pool):
         remote = self._ray.remote(_Actor)
         for _ in range(min(missing, self._room(self._ray.available_resources()))):
             actor = remote.options(**self._options).remote(self._spec.model_dump(mode="json"))
-            self._slots.append(_Slot(actor, actor.ready.remote(), None, 0, time.monotonic() + START_SECONDS))
+            deadline = time.monotonic() + START_SECONDS
+            slot = _Slot(actor, actor.ready.remote(), None, 0, deadline, self._started, time.time())
+            self._slots.append(slot)
+            self._started += 1
 
     def _count(self) -> None:
         """Want more workers where the number is open and the cluster has grown."""
@@ -170,7 +176,7 @@ class RayPool(Pool):
                 job, attempts = self._jobs.popleft()
                 slot.pending = slot.actor.run.remote(job)
                 slot.job, slot.attempts = job, attempts + 1
-                slot.deadline = time.monotonic() + job.deadline
+                slot.deadline, slot.since = time.monotonic() + job.deadline, time.time()
 
     def withdraw(self) -> int:
         """Forget the jobs that no worker works on."""
@@ -286,6 +292,19 @@ class RayPool(Pool):
         up = sum(slot.pending is None or slot.job is not None for slot in self._slots)
         running = sum(slot.job is not None for slot in self._slots)
         return PoolState(workers=up, running=running, deaths=self._deaths, loss=self._loss)
+
+    def workers_now(self) -> list[WorkerNow]:
+        """Return the actors, those that start too; a replaced one's number is not used again."""
+        found = []
+        for slot in self._slots:
+            if slot.job is not None:
+                job = slot.job
+                found.append(WorkerNow(slot.number, "busy", job.candidate, job.documents, slot.since))
+            elif slot.pending is not None:
+                found.append(WorkerNow(slot.number, "starting", since=slot.since))
+            else:
+                found.append(WorkerNow(slot.number, "idle"))
+        return found
 
     def close(self, *, kill: bool = False) -> None:
         """Kill the actors and, if it is ours, stop Ray."""

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, text
 
-from evomerge.errors import StoreError
+from evomerge.errors import ConflictError, StoreError
 from evomerge.records import Candidate, Outcome, TaskScore
 from evomerge.store import Run, Snapshot, Store
 from evomerge.store.connect import ConnectionLost
@@ -34,6 +34,7 @@ WRITES: dict[str, Callable[[Run], None]] = {
     "set_config": lambda run: run.set_config({"budget": 2}),
     "set_facts": lambda run: run.set_facts({"fingerprint": "b"}),
     "add_event": lambda run: run.add_event("note", {}),
+    "set_activity": lambda run: run.set_activity({"done": 1}),
     "heartbeat": lambda run: run.heartbeat(),
     "release": lambda run: run.release("finished"),
 }
@@ -98,7 +99,12 @@ class StoreContract:
             run.tell([0], "search", Snapshot(1, 1, {"run": run.name}))
         for run in runs:
             assert len(run.candidates()) == len(run.outcomes()) == len(run.log().told) == 1
-            assert [event.data for event in run.events()] == [{"run": run.name}]
+            said = {"candidate": 0, "documents": "search", "status": "ok", "score": make_outcome(0).score}
+            assert [(event.kind, event.data) for event in run.events()] == [
+                ("outcome", said),
+                ("note", {"run": run.name}),
+            ]
+            assert [event.id for event in run.events(kind="note")] == [2]
             snapshot = run.latest_snapshot()
             assert snapshot is not None
             assert snapshot.state == {"run": run.name}
@@ -279,7 +285,7 @@ class StoreContract:
             other.add_candidates([(replace(make_candidate(k), digest=f"d{k}"), 0) for k in range(number + 1)])
             other.add_outcome(make_outcome(number), "f")
         last = store.create_run("last", {**config, "budget": 9}, facts)
-        assert last.alike() == [runs[0]._id]
+        assert last.alike() == [runs[0].id]
         assert last.find_outcome("d0", "f", "search") is None
         assert last.find_outcome("d0", "f", "search", last.alike()) == make_outcome(0)
         assert last.find_outcome("d0", "other", "search", last.alike()) is None
@@ -325,6 +331,28 @@ class StoreContract:
         assert events[0].at <= events[2].at
         assert run.events(after=2) == events[2:]
         assert run.events(after=99) == []
+        assert run.events(after=1, limit=1) == events[1:2]
+        assert run.last_event() == 3
+
+    def test_what_is_asked_of_a_driver_reaches_that_driver_only(self, store: Store, run: Run) -> None:
+        assert run.requested() == ""
+        store.run("r").request("stop")
+        assert run.requested() == "stop"
+        store.run("r").request("now")
+        assert run.requested() == "now"
+        later = store.take_run("r")
+        assert later.requested() == ""
+        later.release("stopped")
+        with pytest.raises(ConflictError, match='"r" has no driver that could stop; it is stopped'):
+            store.run("r").request("stop")
+
+    def test_activity_is_replaced(self, store: Store, run: Run) -> None:
+        assert run.activity() is None
+        for done in (1, 2):
+            run.set_activity({"done": done, "workers": []})
+        at, data = store.run("r").activity()
+        assert data == {"done": 2, "workers": []}
+        assert abs(at - store.run("r").created) < 60
 
     # Log and snapshots
 

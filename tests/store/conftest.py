@@ -8,7 +8,9 @@ import pytest
 
 from tests.postgres import PrivatePostgres
 
-pytest.register_assert_rewrite("tests.contracts.store", "tests.store.load", "tests.store.processes")
+pytest.register_assert_rewrite(
+    "tests.contracts.jobs", "tests.contracts.store", "tests.store.load", "tests.store.processes"
+)
 
 
 @pytest.fixture(scope="session")

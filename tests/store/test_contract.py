@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.contracts.jobs import JobQueueContract
 from tests.contracts.store import StoreContract
 from tests.postgres import fresh_schema
 from tests.store.load import StoreUnderLoad
 
 
-class TestSqlite(StoreContract, StoreUnderLoad):
+class TestSqlite(StoreContract, JobQueueContract, StoreUnderLoad):
     """In a file."""
 
     @pytest.fixture
@@ -20,7 +21,7 @@ class TestSqlite(StoreContract, StoreUnderLoad):
 
 
 @pytest.mark.postgres
-class TestPostgres(StoreContract, StoreUnderLoad):
+class TestPostgres(StoreContract, JobQueueContract, StoreUnderLoad):
     """On a server, a new schema for every test."""
 
     @pytest.fixture
