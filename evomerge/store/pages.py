@@ -133,11 +133,13 @@ def _outcomes(
     connection: Connection, run: RunView, numbers: Sequence[int]
 ) -> dict[int, list[dict[str, Any]]]:
     """Return the outcomes of candidates as plain data, without per-document values."""
-    columns = (OUTCOMES.c.candidate, OUTCOMES.c.split, OUTCOMES.c.recorded, OUTCOMES.c.record)
+    names = ("candidate", "documents", "fitness", "split", "recorded", "record")
+    columns = [OUTCOMES.c[name] for name in names]
     mine = and_(OUTCOMES.c.run_id == run.id, OUTCOMES.c.candidate.in_(list(numbers)))
     found: dict[int, list[dict[str, Any]]] = {}
     for row in connection.execute(select(*columns).where(mine)):
-        record = unpack(row.record, f'run "{run.name}": an outcome')
+        what = f'run "{run.name}": an outcome'
+        record = unpack(row.record, what, row.candidate, row.documents, row.fitness)
         del record["candidate"]
         found.setdefault(row.candidate, []).append({**record, "split": row.split, "at": row.recorded})
     return found

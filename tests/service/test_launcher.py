@@ -43,7 +43,7 @@ def test_a_driver_lives_until_it_ends_and_says_why(driver: Driver) -> None:
     handle = launcher.start(driver, ["run", "nothing.yaml"], {})
     started = Driver(driver.name, driver.folder, handle)
     wait_for(lambda: not launcher.alive(started))
-    assert launcher.complaint(started) == "nothing.yaml: cannot be read: No such file or directory"
+    assert launcher.complaint(started) == "nothing.yaml: cannot be read (No such file or directory)"
     again = Driver(driver.name, driver.folder, launcher.start(driver, ["schema"], {}))
     wait_for(lambda: not launcher.alive(again))
     assert launcher.complaint(again) == ""  # the log of the one before is not its own

@@ -36,7 +36,7 @@ def test_a_job_says_why_it_failed(cluster: RayJobs, tmp_path: Path) -> None:
     config = tmp_path / "it's a $(touch file).yaml"
     started = Driver(driver.name, tmp_path, launcher.start(driver, ["run", str(config)], {"GIVEN": "1"}))
     wait_for(lambda: not launcher.alive(driver))
-    assert launcher.complaint(started) == f"{config}: cannot be read: No such file or directory"
+    assert launcher.complaint(started) == f"{config}: cannot be read (No such file or directory)"
     assert cluster.submitted[0]["runtime_env"]["env_vars"]["GIVEN"] == "1"
 
 
