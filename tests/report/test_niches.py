@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 from evomerge.recipe import parse_recipe
-from evomerge.report.niches import merge_map, segment_coefficients
+from evomerge.report.depth import merge_map
+from evomerge.report.niches import segment_coefficients
 
 SOURCES = [{"name": "one", "path": "a"}, {"name": "two", "path": "b"}]
 CHROMOSOMES = [

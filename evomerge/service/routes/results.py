@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
@@ -10,13 +11,14 @@ from fastapi.responses import FileResponse
 
 from evomerge.errors import MissingError, UserError
 from evomerge.recipe import Recipe
-from evomerge.report.depth import over_depth, steps
+from evomerge.report.depth import over_depth, segments_over_depth, steps
 from evomerge.report.overview import shown
 from evomerge.report.population import Population
 from evomerge.report.recipes import as_mergekit, recipe_of
 from evomerge.service.commands import run_command
-from evomerge.service.models import Logs, RunConfigAnswer, RunName, Winner, Workers
+from evomerge.service.models import Curve, Logs, RunConfigAnswer, RunGain, RunName, Winner, Workers
 from evomerge.service.parts import Parts
+from evomerge.store.curve import search_curve
 
 MOST = 2**31 - 1
 REPORT_POLICY = (
@@ -51,9 +53,30 @@ def router(parts: Parts) -> APIRouter:
             return Winner(**kept, layers=0, parameters=[], path=[])
         recipe = recipe_of(view, data["best"]["candidate"])
         layers = int(view.facts.get("layers") or 0)
-        return Winner(
-            **kept, layers=layers, parameters=over_depth(_merge_of(recipe), layers), path=steps(recipe)
-        )
+        if recipe.segments:
+            parameters = segments_over_depth(recipe, view.facts.get("chromosomes") or [], layers)
+        else:
+            parameters = over_depth(_merge_of(recipe), layers)
+        return Winner(**kept, layers=layers, parameters=parameters, path=steps(recipe))
+
+    @routes.get("/gain")
+    def gain(name: RunName) -> RunGain:
+        """Return the gain over the best baseline, and the verdict: two lines of `GET runs/NAME`."""
+        return gain_at(name, store.run(name).updated)
+
+    @lru_cache(maxsize=1024)
+    def gain_at(name: str, updated: float) -> RunGain:
+        del updated  # only to see that it changed
+        data = shown(store, name)
+        return RunGain(gain=data["gain"], verdict=data["verdict"])
+
+    @routes.get("/progress")
+    def curve(
+        name: RunName,
+        most: Annotated[int, Query(ge=10, le=5000, description="Evaluations in a row become one.")] = 500,
+    ) -> Curve:
+        """Return how the search went, in at most so many points."""
+        return Curve.model_validate(search_curve(store, store.run(name), most))
 
     @routes.get("/recipe")
     def recipe(
