@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from evomerge.service.feed import Hub
+from evomerge.service.found import Found
 from evomerge.service.metrics import Metrics
 from evomerge.service.settings import ServiceSettings
 from evomerge.service.supervisor import Supervisor
@@ -21,4 +22,5 @@ class Parts:
     queue: JobQueue
     supervisor: Supervisor
     hub: Hub
+    found: Found
     metrics: Metrics

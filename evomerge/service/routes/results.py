@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
@@ -12,7 +11,6 @@ from fastapi.responses import FileResponse
 from evomerge.errors import MissingError, UserError
 from evomerge.recipe import Recipe
 from evomerge.report.depth import over_depth, segments_over_depth, steps
-from evomerge.report.overview import shown
 from evomerge.report.population import Population
 from evomerge.report.recipes import as_mergekit, recipe_of
 from evomerge.service.commands import run_command
@@ -47,7 +45,7 @@ def router(parts: Parts) -> APIRouter:
     @routes.get("/winner")
     def winner(name: RunName) -> Winner:
         """Return the winner, or the best so far, with its parameters over depth or its layer path."""
-        view, data = store.run(name), shown(store, name)
+        view, data = store.run(name), parts.found(name)
         kept = {key: data[key] for key in ("best", "gains", "verdict")}
         if data["best"] is None:
             return Winner(**kept, layers=0, parameters=[], path=[])
@@ -62,12 +60,7 @@ def router(parts: Parts) -> APIRouter:
     @routes.get("/gain")
     def gain(name: RunName) -> RunGain:
         """Return the gain over the best baseline, and the verdict: two lines of `GET runs/NAME`."""
-        return gain_at(name, store.run(name).updated)
-
-    @lru_cache(maxsize=1024)
-    def gain_at(name: str, updated: float) -> RunGain:
-        del updated  # only to see that it changed
-        data = shown(store, name)
+        data = parts.found(name)
         return RunGain(gain=data["gain"], verdict=data["verdict"])
 
     @routes.get("/progress")
