@@ -55,6 +55,7 @@ class Counted:
 
 _RUN_COLUMNS = (
     *(RUNS.c.id, RUNS.c.name, RUNS.c.status, RUNS.c.owner, RUNS.c.created, RUNS.c.updated, RUNS.c.epoch),
+    RUNS.c.error,
     (now() - RUNS.c.heartbeat).label("silence"),
 )
 _JOB_COLUMNS = (
@@ -82,12 +83,18 @@ def _line(name: str, run: Row[Any] | None, job: Row[Any] | None) -> Line:
     return Line(
         name=name,
         status=_status(run, job),
-        error="" if job is None or job.state != "ended" else job.error,
+        error=_error(run, job),
         created=created,
         updated=max(times),
         priority=None if job is None else job.priority,
         run_id=None if run is None else run.id,
     )
+
+
+def _error(run: Row[Any] | None, job: Row[Any] | None) -> str:
+    if job is not None:
+        return job.error if job.state == "ended" else ""
+    return "" if run is None or run.status != "failed" else str(unpack(run.error, f'run "{run.name}"'))
 
 
 def _status(run: Row[Any] | None, job: Row[Any] | None) -> str:

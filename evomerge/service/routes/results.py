@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
@@ -51,10 +52,7 @@ def router(parts: Parts) -> APIRouter:
             return Winner(**kept, layers=0, parameters=[], path=[])
         recipe = recipe_of(view, data["best"]["candidate"])
         layers = int(view.facts.get("layers") or 0)
-        if recipe.segments:
-            parameters = segments_over_depth(recipe, view.facts.get("chromosomes") or [], layers)
-        else:
-            parameters = over_depth(_merge_of(recipe), layers)
+        parameters = _parameters(recipe, view.facts, layers)
         return Winner(**kept, layers=layers, parameters=parameters, path=steps(recipe))
 
     @routes.get("/gain")
@@ -120,7 +118,9 @@ def router(parts: Parts) -> APIRouter:
     return routes
 
 
-def _merge_of(recipe: Recipe) -> Recipe:
-    """Return the merge whose parameters vary over depth; of a path, the one that it runs through."""
-    inner = recipe.reference.recipe if recipe.path else None
-    return recipe if inner is None else inner
+def _parameters(recipe: Recipe, facts: Mapping[str, Any], layers: int) -> list[dict[str, Any]]:
+    """Return what varies over depth; of a path, in the merge that it runs through, if it is one."""
+    if recipe.segments:
+        return segments_over_depth(recipe, facts.get("chromosomes") or [], layers)
+    merge = recipe.reference.recipe if recipe.path else recipe
+    return [] if merge is None else over_depth(merge, layers)

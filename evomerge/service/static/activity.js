@@ -10,9 +10,7 @@ const SHOWN = 200;
 
 /** Return the part. */
 export function activityPart(run) {
-  const workers = h("div");
-  const events = h("div");
-  const log = h("div");
+  const [workers, events, log] = [1, 2, 3].map(() => h("div", null, h("p", { class: "soft" }, "Reading…")));
   const node = h("div", { class: "cards" }, card("Workers", workers), card("Events", events), card("Log", log));
   const leaving = new AbortController();
   const signal = AbortSignal.any([run.signal, leaving.signal]);
@@ -46,8 +44,13 @@ export function activityPart(run) {
     logged = status;
   }
 
+  let status = null;
   function refresh() {
     show(events, eventList(run));
+    if (run.line?.status !== status) {
+      status = run.line?.status;
+      ask();
+    }
   }
 
   repeat(ask, SECONDS, signal);

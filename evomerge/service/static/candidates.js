@@ -8,8 +8,8 @@ import { waiting } from "./status.js";
 import { yaml } from "./yaml.js";
 
 const PAGE = 50;
-const COLUMNS = [["number", "Candidate", ""], ["", "Origin", ""], ["generation", "Generation", "number"], ["", "Status", ""],
-  ["score", "Search score", "number"], ["", "Select", "number"], ["", "Test", "number"], ["", "Time", "number"], ["", "Note", "note-column"]];
+const COLUMNS = [["number", "Candidate", ""], ["", "Status", ""], ["score", "Search score", "number"], ["", "Select", "number"], ["", "Test", "number"],
+  ["generation", "Generation", "number"], ["", "Time", "number"], ["", "Origin", ""], ["", "Note", "note-column"]];
 
 /** Return the part. */
 export function candidatesPart(run) {
@@ -78,10 +78,11 @@ function row(run, one) {
   const seconds = one.outcomes.reduce((sum, outcome) => sum + (outcome.cost.total ?? 0), 0);
   return h("tr", { class: best ? "winner" : null },
     h("th", { scope: "row" }, h("button", { type: "button", class: "link", "data-key": `candidate-${one.number}`, onclick: () => run.open(one.number) }, `#${one.number}`), best && h("small", null, run.shown.best.chosen_on === "select" ? "winner" : "best so far")),
-    h("td", null, origin(one.origin)), h("td", { class: "number" }, one.index === null ? NONE : count(one.generation)),
     h("td", null, h("span", { class: `badge plain ${one.status}` }, one.status)),
     number(searched), number(on("select")), number(on("test")),
+    h("td", { class: "number" }, one.index === null ? NONE : count(one.generation)),
     h("td", { class: "number" }, seconds > 0 ? duration(seconds) : NONE),
+    h("td", null, origin(one.origin)),
     h("td", { class: "note-column", title: reason || null }, reason && said(reason)));
 }
 

@@ -7,16 +7,15 @@ export const COLOURS = 8;
 /** Return the class of a series' colour. */
 export const colour = (place) => `c${((place % COLOURS) + COLOURS) % COLOURS}`;
 
-/** Return round numbers between two ends, about as many as wanted. */
-export function ticks(low, high, wanted = 5, whole = false) {
+/** Return round numbers between two ends, at most `most` (two at least), and the step between them. */
+export function ticks(low, high, most = 5, whole = false) {
   const span = high - low || 1;
-  const rough = span / Math.max(1, wanted);
-  const power = 10 ** Math.floor(Math.log10(rough));
-  let step = [1, 2, 2.5, 5, 10].map((f) => f * power).find((one) => one >= rough * 0.999);
-  if (whole) step = Math.max(1, Math.round(step));
-  const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9 * span; i += 1) found.push(i * step);
-  return found;
+  const first = (step) => Math.ceil(low / step - 1e-9);
+  const number = (step) => Math.floor(high / step + 1e-9) - first(step) + 1;
+  const power = 10 ** (Math.floor(Math.log10(span)) - 2);
+  const steps = [0, 1, 2, 3].flatMap((e) => [1, 2, 2.5, 5].map((f) => f * power * 10 ** e)).filter((step) => !whole || Number.isInteger(step));
+  const step = steps.find((one) => number(one) <= Math.max(2, most)) ?? Math.max(1, span);
+  return { step, values: Array.from({ length: Math.max(0, number(step)) }, (_, i) => (first(step) + i) * step) };
 }
 
 /** Return a function from data to pixels. */
@@ -51,10 +50,10 @@ export function axes(box, x, y) {
   const rows = ticks(...y.range, y.count ?? Math.max(2, Math.round((box.bottom - box.top) / 48)), y.whole);
   const columns = ticks(...x.range, x.count ?? Math.max(2, Math.round((box.right - box.left) / 90)), x.whole);
   const node = s("g", { class: "axes" },
-    rows.map((v) => s("g", null,
+    rows.values.map((v) => s("g", null,
       s("line", { x1: box.left, x2: box.right, y1: up(v), y2: up(v) }),
-      s("text", { x: box.left - 8, y: up(v) + 4, "text-anchor": "end" }, label(v, rows[1] - rows[0])))),
-    columns.map((v) => s("text", { x: across(v), y: box.bottom + 18, "text-anchor": "middle" }, label(v, columns[1] - columns[0]))),
+      s("text", { x: box.left - 8, y: up(v) + 4, "text-anchor": "end" }, label(v, rows.step)))),
+    columns.values.map((v) => s("text", { x: across(v), y: box.bottom + 18, "text-anchor": "middle" }, label(v, columns.step))),
     s("line", { class: "base", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom }),
     x.name && s("text", { class: "name", x: box.right, y: box.bottom + 34, "text-anchor": "end" }, x.name),
     y.name && s("text", { class: "name", x: box.left - 8, y: box.top - 10, "text-anchor": "start" }, y.name));

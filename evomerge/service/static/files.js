@@ -9,8 +9,7 @@ const SECONDS = 2;
 
 /** Return the part. */
 export function filesPart(run) {
-  const exports = h("div");
-  const config = h("div");
+  const [exports, config] = [1, 2].map(() => h("div", null, h("p", { class: "soft" }, "Reading…")));
   const leaving = new AbortController();
   const signal = AbortSignal.any([run.signal, leaving.signal]);
   const node = h("div", { class: "cards" }, card("Exported models", exports), card("Report and recipes", take(run)), card("Config", config));

@@ -95,7 +95,7 @@ function row(run) {
     cell("Status", "status", badge(run.status)),
     cell("Progress", "progress", run.evaluations || LIVE.includes(run.status)
       ? [progressBar(run.evaluations, run.budget, `Progress of ${run.name}`), h("small", null, run.budget ? `${count(run.evaluations)} of ${count(run.budget)}` : "waits")]
-      : NONE),
+      : h("span", { class: "none" }, NONE)),
     cell("Best on search", "number", score(run.best_search_score)),
     cell("Gain on test", "number", gainOf(run)),
     cell("Started", "when", h("time", { datetime: new Date(1000 * run.created).toISOString(), title: moment(run.created) }, ago(run.created))));

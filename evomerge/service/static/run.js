@@ -116,7 +116,7 @@ function meta(run, config) {
   const space = config.space ?? {};
   return [
     config.optimizer?.name ? `optimizer ${config.optimizer.name}` : null,
-    space.kind && space.kind !== "parameters" ? `space ${space.kind}` : null,
+    space.kind && space.kind !== "parameter" ? `space ${space.kind}` : null,
     space.method ? `method ${space.method}` : null,
     config.seed === undefined ? null : `seed ${config.seed}`,
   ].filter(Boolean);

@@ -66,7 +66,7 @@ export function gainPanel(shown) {
   if (!shown.gains.length) return null;
   const known = new Map(looksOf(shown).map((look) => [look.name, look]));
   const rows = shown.gains.map((gain) => ({ ...(known.get(gain.over) ?? { outline: shape(0), kind: "ink" }), name: gain.over, value: gain.mean, low: gain.low, high: gain.high }));
-  return h("div", { class: "panels one" }, panel("Gain on test over each, in points", rows, { words: (row) => `${row.name} ${points(row.value)}`, text: points, zero: true }));
+  return h("div", { class: "panels single" }, panel("Gain on test over each, in points", rows, { words: (row) => `${row.name} ${points(row.value)}`, text: points, zero: true }));
 }
 
 /** Return one panel: a row for each model, its value, its interval. */
@@ -81,11 +81,11 @@ function panel(title, rows, { words, text, zero = false }) {
     const numbers = 52;
     const box = { left: names + 8, right: width - numbers, top: 4, bottom: 4 + ROW * rows.length };
     const across = scale(range, [box.left, box.right]);
-    const found = ticks(...range, Math.max(2, Math.round((box.right - box.left) / 60)));
+    const found = ticks(...range, Math.max(2, Math.floor((box.right - box.left) / 36)));
     return image(width, box.bottom + 24, `${title}: ${rows.map(words).join(", ")}.`,
-      s("g", { class: "axes" }, found.map((v) => s("g", null,
+      s("g", { class: "axes" }, found.values.map((v) => s("g", null,
         s("line", { x1: across(v), x2: across(v), y1: box.top, y2: box.bottom, class: zero && Math.abs(v) < 1e-12 ? "base" : null }),
-        s("text", { x: across(v), y: box.bottom + 16, "text-anchor": "middle" }, zero ? points(v).replace(".0", "") : label(v, found[1] - found[0]))))),
+        s("text", { x: across(v), y: box.bottom + 16, "text-anchor": "middle" }, zero ? points(v).replace(".0", "") : label(v, found.step))))),
       rows.map((row, i) => {
         const y = box.top + ROW * (i + 0.5);
         return s("g", { class: row.kind },

@@ -5,26 +5,31 @@ import { h, s } from "./dom.js";
 import { value } from "./format.js";
 
 const MOST_PANELS = 12;
+const WHOLE = "merge";
 
 /** Return the drawings and tables of what `winner` answers. */
 export function winnerFigures(found) {
   const varies = found.parameters.filter((one) => Object.values(one.values).some(Array.isArray));
   const constant = found.parameters.filter((one) => !Object.values(one.values).some(Array.isArray));
+  const ofMerge = constant.filter((one) => WHOLE in one.values);
+  const ofSources = constant.filter((one) => !(WHOLE in one.values));
   const names = sources(found);
   return [
     found.path.length > 0 && pathFigure(found.path),
     varies.length > 0 && h("figure", null,
-      legend(names.map((name, place) => [name, shape(place), colour(place)])),
+      legend(names.map((name, place) => [name === WHOLE ? "whole merge" : name, shape(place), colour(place)]).filter((_, place) => varies.some((one) => names[place] in one.values))),
       h("div", { class: "panels" }, varies.slice(0, MOST_PANELS).map((one) => depthPanel(one, names, found.layers))),
       varies.length > MOST_PANELS && h("figcaption", null, `The first ${MOST_PANELS} of ${varies.length} parameters; the recipe has all.`)),
-    constant.length > 0 && constants(constant, names),
+    ofSources.length > 0 && constants(ofSources, names.filter((name) => name !== WHOLE)),
+    ofMerge.length > 0 && h("dl", { class: "facts whole" }, ofMerge.map((one) =>
+      [h("dt", null, one.parameter, one.tensors === "all tensors" ? null : `, ${one.tensors}`), h("dd", null, value(one.values.merge))])),
   ].filter(Boolean);
 }
 
 function sources(found) {
   const names = new Set(found.parameters.flatMap((one) => Object.keys(one.values)));
-  names.delete("merge");
-  return [...names, "merge"].filter((name) => name !== "merge" || found.parameters.some((one) => "merge" in one.values));
+  names.delete(WHOLE);
+  return [...names, WHOLE];
 }
 
 /** Return one parameter from the first layer to the last. */
@@ -59,7 +64,7 @@ function constants(rows, names) {
   return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Parameters that are the same at every depth" },
     h("table", null, h("caption", null, "The same at every depth"),
       h("thead", null, h("tr", null, h("th", { scope: "col" }, "Parameter"), h("th", { scope: "col" }, "Tensors"),
-        shown.map((name) => h("th", { scope: "col", class: "number" }, name === "merge" ? "whole merge" : name)))),
+        shown.map((name) => h("th", { scope: "col", class: "number" }, name)))),
       h("tbody", null, rows.map((row) => h("tr", null, h("th", { scope: "row" }, row.parameter), h("td", null, row.tensors),
         shown.map((name) => cell(row.values[name])))))));
 }
@@ -82,7 +87,7 @@ function pathFigure(path) {
       const high = Math.max(1, ...path.map((step) => step.scale));
       const room = 0.1 * (high - low || 1);
       const below = axes({ ...box, top: 270, bottom: 360 }, { ...x, name: "place in the path" }, { range: [low - room, high + room], name: "scale before it", count: 3 });
-      parts.push(below.node, s("line", { class: "one", x1: box.left, x2: box.right, y1: below.up(1), y2: below.up(1) }),
+      parts.push(below.node, s("line", { class: "unit", x1: box.left, x2: box.right, y1: below.up(1), y2: below.up(1) }),
         path.map((step, i) => [s("line", { class: "stem", x1: below.across(i), x2: below.across(i), y1: below.up(1), y2: below.up(step.scale) }),
           dot(below.across(i), below.up(step.scale), step)]));
     }
