@@ -18,7 +18,6 @@ from evomerge import __version__
 from evomerge.errors import ConfigError, ConflictError, LimitError, MissingError, StoreError, UserError
 from evomerge.service.admission import key_of
 from evomerge.service.feed import Hub
-from evomerge.service.found import Found
 from evomerge.service.guard import Guard, error_body
 from evomerge.service.launcher import Launcher, LocalLauncher
 from evomerge.service.metrics import Metrics
@@ -27,6 +26,7 @@ from evomerge.service.parts import Parts
 from evomerge.service.ray_launcher import RayLauncher
 from evomerge.service.routes import configs, exports, results, runs
 from evomerge.service.settings import ServiceSettings
+from evomerge.service.shown import ShownRuns
 from evomerge.service.supervisor import Supervisor
 from evomerge.store import Store
 from evomerge.store.jobs import JobQueue
@@ -56,7 +56,7 @@ def make_parts(settings: ServiceSettings) -> Parts:
         launcher = RayLauncher(settings.ray_address, settings.ray_python)
     supervisor = Supervisor(settings, store, queue, launcher)
     hub = Hub(store, settings.most_watchers)
-    return Parts(settings, store, queue, supervisor, hub, Found(store), Metrics(store, queue, hub))
+    return Parts(settings, store, queue, supervisor, hub, Metrics(store, queue, hub), ShownRuns(store))
 
 
 def make_app(parts: Parts) -> Guard:

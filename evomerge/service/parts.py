@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from evomerge.service.feed import Hub
-from evomerge.service.found import Found
 from evomerge.service.metrics import Metrics
 from evomerge.service.settings import ServiceSettings
+from evomerge.service.shown import ShownRuns
 from evomerge.service.supervisor import Supervisor
 from evomerge.store import Store
 from evomerge.store.jobs import JobQueue
@@ -22,5 +22,5 @@ class Parts:
     queue: JobQueue
     supervisor: Supervisor
     hub: Hub
-    found: Found
     metrics: Metrics
+    shown: ShownRuns

@@ -46,7 +46,7 @@ def router(parts: Parts) -> APIRouter:
     @routes.get("/winner")
     def winner(name: RunName) -> Winner:
         """Return the winner, or the best so far, with its parameters over depth or its layer path."""
-        view, data = store.run(name), parts.found(name)
+        view, data = store.run(name), parts.shown.get(name)
         kept = {key: data[key] for key in ("best", "gains", "verdict")}
         if data["best"] is None:
             return Winner(**kept, layers=0, parameters=[], path=[])
@@ -58,7 +58,7 @@ def router(parts: Parts) -> APIRouter:
     @routes.get("/gain")
     def gain(name: RunName) -> RunGain:
         """Return the gain over the best baseline, and the verdict: two lines of `GET runs/NAME`."""
-        data = parts.found(name)
+        data = parts.shown.get(name)
         return RunGain(gain=data["gain"], verdict=data["verdict"])
 
     @routes.get("/progress")

@@ -64,7 +64,7 @@ def router(parts: Parts) -> APIRouter:
     @routes.get("/{name}")
     def show_run(name: RunName) -> dict[str, Any]:
         """Show what a run found: what `evomerge show --json` prints."""
-        return parts.found(name)
+        return dict(parts.shown.get(name))
 
     @routes.post("/{name}/cancel")
     def cancel_run(name: RunName, wish: Cancellation | None = None) -> RunLine:

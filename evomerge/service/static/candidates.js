@@ -16,11 +16,12 @@ export function candidatesPart(run) {
   const wanted = { status: "", sort: "number", descending: false, offset: 0 };
   const body = h("div");
   const foot = h("div", { class: "pager" });
-  const filter = h("select", { id: "candidate-status", onchange: (event) => ask({ status: event.target.value, offset: 0 }) },
+  const filter = h("select", { "aria-label": "Status of candidates", onchange: (event) => ask({ status: event.target.value, offset: 0 }) },
     [["", "Every status"], ["ok", "ok"], ["failed", "failed"], ["invalid", "invalid"], ["stopped", "stopped by racing"], ["pending", "not scored yet"]]
       .map(([value, text]) => h("option", { value }, text)));
-  const node = card("Candidates", h("div", { class: "filters" }, h("label", null, h("span", { class: "unseen" }, "Status of candidates"), filter)), body, foot);
+  const node = card("Candidates", h("div", { class: "filters" }, filter), body, foot);
   let turn = 0;
+  let before = "";
 
   async function ask(change) {
     Object.assign(wanted, change);
@@ -37,7 +38,10 @@ export function candidatesPart(run) {
     if (wanted.status) query.set("status", wanted.status);
     try {
       const page = await get(at(run.name, `/candidates?${query}`), run.signal);
-      if (mine === turn) paint(page);
+      if (mine !== turn) return;
+      const state = JSON.stringify([page, wanted, run.shown.best?.candidate]);
+      if (state !== before) paint(page);
+      before = state;
     } catch (error) {
       if (!run.signal.aborted) show(body, problem(error.message));
     }

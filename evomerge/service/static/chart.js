@@ -1,6 +1,6 @@
 // The little that all drawings share: scales, ticks, axes, and drawing anew when the width changes.
 
-import { h, s } from "./dom.js";
+import { h, s, show } from "./dom.js";
 
 export const COLOURS = 8;
 
@@ -82,15 +82,22 @@ export function image(width, height, words, ...children) {
   return s("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": words }, ...children);
 }
 
-/** Return a box whose drawing is made for its width, and made anew when that changes. */
-export function drawing(draw) {
-  const box = h("div", { class: "drawing" });
-  let width = 0;
+const widths = new Map();
+
+/**
+ * Return a box whose drawing is made for its width, and made anew when that changes.
+ *
+ * @param key Of a drawing that takes the focus: it is there at once, with the width of the one before it.
+ */
+export function drawing(draw, key = "") {
+  let width = widths.get(key) ?? 0;
+  const box = h("div", { class: "drawing" }, width > 0 && draw(width));
   new ResizeObserver(() => {
     const now = Math.floor(box.clientWidth);
     if (now > 0 && now !== width) {
       width = now;
-      box.replaceChildren(draw(width));
+      if (key) widths.set(key, width);
+      show(box, draw(width));
     }
   }).observe(box);
   return box;

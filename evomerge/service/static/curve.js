@@ -1,7 +1,7 @@
 // The search's progress: every score, best so far, moving mean, sources and baselines as lines.
 
 import { apart, axes, colour, drawing, image, legend, line, mark, shape } from "./chart.js";
-import { h, s, show } from "./dom.js";
+import { h, replacing, s, show } from "./dom.js";
 import { count, score } from "./format.js";
 
 const DOT = "M-3.4 0a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0-6.8 0z";
@@ -17,19 +17,20 @@ const WIDE = 620;
  * @param baselines `[{name, search}]`.
  * @param budget Evaluations in all, or null.
  * @param open Called with a candidate's number.
+ * @param walk Holds `at`, the evaluation that a reader has walked to; it outlives the figure.
  */
-export function curveFigure(curve, baselines, budget, open) {
+export function curveFigure(curve, baselines, budget, open, walk) {
   const points = curve.points;
   const lines = baselines.map((one, place) => ({ ...one, place })).filter((one) => one.search !== null);
   const readout = h("p", { class: "readout", "aria-live": "polite" }, summary(curve));
   const failed = points.reduce((sum, point) => sum + point.failed, 0);
-  const draw = (width) => figure(width, { points, lines, budget, readout, open, words: summary(curve) });
+  const draw = (width) => figure(width, { points, lines, budget, readout, open, walk, words: summary(curve) });
   return h("figure", null,
     legend([
       ["candidate", DOT, "dot"], ["best so far", STEP, "best stroke"], ["mean of the last 20", FLAT, "mean stroke"],
       ...(failed ? [[`without a score (${count(failed)})`, CROSS, "failed stroke"]] : []),
     ]),
-    drawing(draw),
+    drawing(draw, "curve"),
     readout,
     h("div", { class: "narrow-legend" }, legend(lines.map((one) => [`${one.name} ${score(one.search)}`, shape(one.place), colour(one.place)]))));
 }
@@ -40,7 +41,7 @@ function summary(curve) {
   return `${count(curve.evaluations)} evaluations; best search score ${score(last.best)}, mean of the last 20 ${score(last.mean)}.`;
 }
 
-function figure(width, { points, lines, budget, readout, open, words }) {
+function figure(width, { points, lines, budget, readout, open, walk, words }) {
   const wide = width >= WIDE;
   const height = wide ? 340 : 260;
   const box = { left: 48, right: width - (wide ? 150 : 12), top: 26, bottom: height - 42 };
@@ -58,7 +59,7 @@ function figure(width, { points, lines, budget, readout, open, words }) {
     s("path", { class: "mean stroke", d: line(points.map((p) => [across(p.at), up(held(p.mean ?? NaN))])) }),
     s("path", { class: "best stroke", d: line(points.map((p) => [across(p.at), up(held(p.best ?? NaN))]), true) }),
     marker);
-  if (points.length) follow(drawn, { points, across, up: (v) => up(held(v)), box, marker, readout, open, words });
+  if (points.length) follow(drawn, { points, across, up: (v) => up(held(v)), box, marker, readout, open, walk, words });
   return drawn;
 }
 
@@ -87,11 +88,12 @@ function labels(lines, box, up) {
 export const shorten = (name, most) => (name.length > most ? `${name.slice(0, most - 1)}…` : name);
 
 /** Let pointer and arrow keys walk along the points; Enter opens the candidate. */
-function follow(drawn, { points, across, up, box, marker, readout, open, words }) {
+function follow(drawn, { points, across, up, box, marker, readout, open, walk, words }) {
   let place = -1;
   function go(to) {
     place = Math.min(points.length - 1, Math.max(0, to));
     const p = points[place];
+    walk.at = p.at;
     const x = across(p.at);
     marker.removeAttribute("hidden");
     show(marker, s("line", { x1: x, x2: x, y1: box.top, y2: box.bottom }), p.score !== null && mark(x, up(p.score), DOT, "at"));
@@ -99,10 +101,13 @@ function follow(drawn, { points, across, up, box, marker, readout, open, words }
     readout.textContent = `Evaluation ${count(p.at)}, ${who}; best so far ${score(p.best)}, mean ${score(p.mean)}.`;
   }
   function end() {
+    if (replacing) return;
     place = -1;
+    walk.at = null;
     marker.setAttribute("hidden", "");
     readout.textContent = words;
   }
+  if (walk.at !== null) go(points.findIndex((p) => p.at >= walk.at));
   drawn.setAttribute("tabindex", "0");
   drawn.dataset.key = "curve";
   drawn.addEventListener("pointermove", (event) => {
@@ -121,6 +126,9 @@ function follow(drawn, { points, across, up, box, marker, readout, open, words }
     if (to !== undefined) {
       event.preventDefault();
       go(to);
-    } else if (event.key === "Enter" && place >= 0 && points[place].candidate !== null) open(points[place].candidate);
+    } else if (event.key === "Enter" && place >= 0 && points[place].candidate !== null) {
+      event.preventDefault(); // else the same key press would go on to the dialog's first button
+      open(points[place].candidate);
+    }
   });
 }

@@ -31,15 +31,29 @@ export function s(tag, properties, ...children) {
   return fill(document.createElementNS(SVG, tag), properties, children);
 }
 
+/** Whether elements are being replaced: who loses the focus then was not left. */
+export let replacing = false;
+
 /** Replace what a node holds; the focus stays on the element with the same `data-key`. */
 export function show(node, ...children) {
   const held = node.contains(document.activeElement) ? document.activeElement.dataset?.key : undefined;
+  replacing = true;
   node.replaceChildren();
+  replacing = false;
   append(node, children);
-  if (held !== undefined) {
-    const again = [...node.querySelectorAll("[data-key]")].find((one) => one.dataset.key === held);
-    again?.focus({ preventScroll: true });
-  }
+  if (held === undefined) return;
+  const again = [...node.querySelectorAll("[data-key]")].find((one) => one.dataset.key === held);
+  again?.focus({ preventScroll: true });
+}
+
+const shown = new WeakMap();
+
+/** Do `show` with what `build` returns, unless nothing of `data` has changed since. */
+export function showChanged(node, data, build) {
+  const state = JSON.stringify(data);
+  if (shown.get(node) === state) return;
+  shown.set(node, state);
+  show(node, build());
 }
 
 /** Return text of others: its direction cannot turn the text around it. */

@@ -49,12 +49,10 @@ export function listPage(main, signal) {
   show(main,
     h("div", { class: "title" }, h("h1", null, "Runs"), h("a", { class: "button first", href: "#/new" }, "New run")),
     h("div", { class: "filters" },
-      h("label", null, h("span", { class: "unseen" }, "Name contains"),
-        h("input", { type: "search", id: "contains", maxlength: "100", placeholder: "Filter by name", autocomplete: "off", spellcheck: "false",
-          oninput: (event) => { clearTimeout(typing); wanted.contains = event.target.value.trim(); typing = setTimeout(refresh, 250); } })),
-      h("label", null, h("span", { class: "unseen" }, "Status"),
-        h("select", { id: "status", onchange: (event) => { wanted.status = event.target.value; refresh(); } },
-          h("option", { value: "" }, "Every status"), STATUSES.map((status) => h("option", { value: status }, status)))),
+      h("input", { type: "search", "aria-label": "Name contains", maxlength: "100", placeholder: "Filter by name", autocomplete: "off", spellcheck: "false",
+          oninput: (event) => { clearTimeout(typing); wanted.contains = event.target.value.trim(); typing = setTimeout(refresh, 250); } }),
+      h("select", { "aria-label": "Status", onchange: (event) => { wanted.status = event.target.value; refresh(); } },
+          h("option", { value: "" }, "Every status"), STATUSES.map((status) => h("option", { value: status }, status))),
       found),
     body, more);
   repeat(refresh, SECONDS, signal);

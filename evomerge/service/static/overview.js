@@ -1,7 +1,7 @@
 // The overview: how the search went, the scores, and the winner.
 
 import { at, get } from "./api.js";
-import { card, h, show } from "./dom.js";
+import { card, h, showChanged } from "./dom.js";
 import { curveFigure } from "./curve.js";
 import { waiting } from "./status.js";
 import { gainPanel, scoreTable, taskPanels } from "./scores.js";
@@ -14,23 +14,27 @@ export function overviewPart(run) {
   let winner = null;
   let winnerOf = "";
   let curve = null;
+  const walk = { at: null };
+  const budget = () => run.line?.budget ?? run.config.budget?.evaluations ?? null;
 
   function paint() {
+    const status = run.line?.status ?? run.shown.status;
+    if (!run.begun || !curve) showChanged(node, status, () => waiting(run));
+    else showChanged(node, [run.shown, curve.points, winner, split, budget()], build);
+  }
+
+  function build() {
     const shown = run.shown;
-    if (!run.begun || !curve) {
-      show(node, waiting(run));
-      return;
-    }
     const tasks = taskPanels(shown, split, (wanted) => {
       split = wanted;
       paint();
     });
     const figures = winner ? winnerFigures(winner) : [];
-    show(node,
-      card("Search", curveFigure(curve, shown.baselines, run.line?.budget ?? null, run.open)),
+    return [
+      card("Search", curveFigure(curve, shown.baselines, budget(), run.open, walk)),
       (shown.best || shown.baselines.length > 0) && card("Result", scoreTable(shown, run.open), gainPanel(shown)),
       tasks && card("Scores by task", tasks),
-      figures.length > 0 && card(shown.best?.chosen_on === "select" ? "Winner" : "Best so far", how(run), figures));
+      figures.length > 0 && card(shown.best?.chosen_on === "select" ? "Winner" : "Best so far", how(run), figures)];
   }
 
   async function refresh() {

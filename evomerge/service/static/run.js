@@ -4,7 +4,7 @@ import { cancelDialog, exportDialog, resumeDialog } from "./actions.js";
 import { activityPart } from "./activity.js";
 import { at, follow, get, repeat, seldom } from "./api.js";
 import { candidatesPart, openCandidate } from "./candidates.js";
-import { announce, h, problem, said, show } from "./dom.js";
+import { announce, h, problem, said, show, showChanged } from "./dom.js";
 import { failuresPart } from "./failures.js";
 import { filesPart } from "./files.js";
 import { NONE, count, duration, gainEnds, interval, moment, points, score } from "./format.js";
@@ -34,9 +34,16 @@ export async function runPage(main, name, signal) {
 
   let part = null;
   let chosen = "";
+  let waits = false;
   const paint = () => {
-    paintHead(head, run);
-    paintTabs(tabs, run, chosen);
+    if (waits) return;
+    waits = true;
+    requestAnimationFrame(() => {
+      waits = false;
+      showChanged(head, [run.line, run.shown, run.lost, run.begun], () => runHead(run));
+      paintTimes(head, run);
+      showChanged(tabs, [chosen, run.shown.failures], () => runTabs(run, chosen));
+    });
   };
   const refresh = seldom(async () => {
     try {
@@ -94,12 +101,12 @@ async function watch(run, refresh, paint) {
   });
 }
 
-function paintHead(head, run) {
+function runHead(run) {
   const { shown, line, config } = run;
   const status = line?.status ?? shown.status;
   const error = line?.error || shown.error;
   const gain = shown.gain;
-  show(head,
+  return [
     h("p", { class: "crumbs" }, h("a", { href: "#/", "data-key": "back" }, "Runs"), " / "),
     h("div", { class: "title" },
       h("div", { class: "named" }, h("h1", null, run.name), badge(status), run.lost && h("span", { class: "badge lost" }, "connecting again")),
@@ -108,8 +115,7 @@ function paintHead(head, run) {
     error && h("p", { class: "note bad" }, said(error)),
     shown.outcomes > 0 && h("p", { class: gain?.shown && gain.low !== null ? "verdict good" : "verdict" }, shown.verdict),
     shown.looks_at_test > 1 && h("p", { class: "note" }, `The test documents were looked at ${shown.looks_at_test} times; each look after the first makes the result more optimistic than its interval says.`),
-    tiles(run, status));
-  paintTimes(head, run);
+    tiles(run, status)];
 }
 
 function meta(run, config) {
@@ -154,10 +160,10 @@ function tiles(run, status) {
     tile("Failures", count(shown.failures), h("small", null, `of ${count(shown.outcomes)} outcomes`)));
 }
 
-function paintTabs(tabs, run, chosen) {
+function runTabs(run, chosen) {
   const niches = run.config.optimizer?.name === "niches";
-  show(tabs, Object.entries(PARTS).filter(([key]) => key !== "population" || niches).map(([key, [title]]) => {
+  return Object.entries(PARTS).filter(([key]) => key !== "population" || niches).map(([key, [title]]) => {
     const number = key === "failures" && run.shown.failures > 0 ? h("span", { class: "pill" }, count(run.shown.failures)) : null;
     return h("a", { href: `#${at(run.name, key ? `/${key}` : "")}`, "data-key": `tab-${key}`, "aria-current": key === chosen ? "page" : null }, title, number);
-  }));
+  });
 }

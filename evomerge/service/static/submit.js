@@ -32,6 +32,7 @@ export async function submitPage(main, from, signal) {
   const verdict = h("div", { id: "verdict", class: "verdict-box", role: "status" });
   const check = h("button", { type: "button", onclick: () => validate(false) }, "Check all");
   const go = h("button", { type: "submit", class: "first" }, "Submit");
+  let typing = 0;
   const state = { turn: 0, wrong: null, key: "", sent: "" };
 
   const wish = () => ({ config: editor.value, folder: place.value.trim() || null });
@@ -62,6 +63,7 @@ export async function submitPage(main, from, signal) {
   }
 
   async function validate(quick) {
+    clearTimeout(typing);
     const turn = (state.turn += 1);
     if (!quick) {
       show(verdict, h("p", { class: "soft" }, "Reading sources and tasks…"));
@@ -81,6 +83,7 @@ export async function submitPage(main, from, signal) {
 
   async function submit(event) {
     event.preventDefault();
+    clearTimeout(typing);
     state.turn += 1;
     go.disabled = true;
     const body = { ...wish(), priority: Number(priority.value) || 0 };
@@ -97,7 +100,6 @@ export async function submitPage(main, from, signal) {
     go.disabled = false;
   }
 
-  let typing = 0;
   const typed = () => {
     paintGutter();
     clearTimeout(typing);
