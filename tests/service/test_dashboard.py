@@ -127,6 +127,11 @@ def test_submit_watch_to_the_end_and_export(dash: Dash) -> None:
         page.get_by_role("button", name="config.json", exact=True).click()
     assert json.loads(Path(download.value.path()).read_text())["architectures"] == ["LlamaForCausalLM"]
 
+    page.get_by_role("link", name="Start another from it").click()
+    expect(page.get_by_label("Config")).to_have_value(re.compile("^name: small-2"))
+    expect(page.locator("#verdict .good")).to_be_visible()
+    page.go_back()
+
     page.get_by_role("link", name="Activity").click()
     expect(page.locator(".log")).to_contain_text("starting workers")
     expect(page.locator(".events")).to_contain_text("is measured on the test documents; look 1")

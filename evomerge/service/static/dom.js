@@ -105,7 +105,10 @@ export function dialog(title, build, kind = "") {
   append(box, [build(close)]);
   box.addEventListener("close", () => {
     box.remove();
-    if (back?.isConnected) back.focus();
+    // What opened it may have been replaced meanwhile.
+    const key = back?.dataset?.key;
+    const again = key && [...document.querySelectorAll("[data-key]")].find((one) => one.dataset.key === key);
+    (back?.isConnected ? back : again || document.getElementById("main")).focus();
   });
   box.addEventListener("click", (event) => event.target === box && close());
   document.body.append(box);

@@ -42,7 +42,9 @@ export async function runPage(main, name, signal) {
       waits = false;
       showChanged(head, [run.line, run.shown, run.lost, run.begun], () => runHead(run));
       paintTimes(head, run);
+      const before = tabs.firstChild;
       showChanged(tabs, [chosen, run.shown.failures], () => runTabs(run, chosen));
+      if (tabs.firstChild !== before) tabs.scrollLeft = tabs.querySelector("[aria-current]").offsetLeft - tabs.offsetLeft - 60;
     });
   };
   const refresh = seldom(async () => {
@@ -69,6 +71,8 @@ export async function runPage(main, name, signal) {
   run.begun = run.shown.outcomes > 0;
   paint();
   run.again();
+  // A browser keeps few connections to one host: tabs that nobody looks at give theirs back.
+  document.addEventListener("visibilitychange", () => (document.hidden ? run.stop.abort() : run.again()), { signal });
   repeat(async () => LIVE.includes(run.line?.status) && paintTimes(head, run), 1, signal);
   return choose;
 }

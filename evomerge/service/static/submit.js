@@ -136,9 +136,11 @@ async function begin(from, signal) {
   if (!from) return [info, EXAMPLE, ""];
   try {
     const { config, folder } = await get(at(from, "/config"), signal);
-    const own = { ...config, output: { ...config.output } };
-    for (const key of ["store"]) if (own[key] === null) delete own[key];
-    own.name = `${config.name}-2`.slice(0, 100);
+    // The service decides about some keys itself, and refuses them.
+    const own = { ...config, name: `${config.name}-2`.slice(-100), output: { ...config.output }, workers: { ...config.workers } };
+    delete own.store;
+    delete own.output.folder;
+    delete own.workers.ray_address;
     return [info, `${yaml(own)}\n`, folder];
   } catch (error) {
     toast(error.message, "bad");
