@@ -21,7 +21,7 @@ class Line:
         name: The run's name.
         status: `queued`, `starting`, `running`, `stopped`, `failed`, `finished`, `interrupted` (its driver is
             gone) or `cancelled` (before it began).
-        error: Why it failed; empty otherwise.
+        error: Why its last driver failed; empty otherwise. The run may have been begun or ended before.
         created: When it began or was submitted, in Unix seconds by the database's clock.
         updated: When it last changed, likewise.
         priority: Its job's; None for a run without one.
@@ -92,9 +92,14 @@ def _line(name: str, run: Row[Any] | None, job: Row[Any] | None) -> Line:
 
 
 def _error(run: Row[Any] | None, job: Row[Any] | None) -> str:
-    if job is not None:
-        return job.error if job.state == "ended" else ""
-    return "" if run is None or run.status != "failed" else str(unpack(run.error, f'run "{run.name}"'))
+    """Return how the job failed, or the run, if another driver has taken it since or it has no job."""
+    if job is not None and job.state != "ended":
+        return ""
+    if job is not None and (run is None or run.epoch <= job.epoch + 1):
+        return str(job.error)
+    if run is None or run.status != "failed":
+        return ""
+    return str(unpack(run.error, f'run "{run.name}": its error'))
 
 
 def _status(run: Row[Any] | None, job: Row[Any] | None) -> str:
@@ -104,10 +109,8 @@ def _status(run: Row[Any] | None, job: Row[Any] | None) -> str:
     if job is not None and job.state != "ended":
         begun = run is not None and run.epoch > job.epoch  # its driver writes the report, or has just died
         return "queued" if job.state == "queued" else "running" if begun else "starting"
-    if job is not None and (run is None or (job.outcome == "failed" and run.epoch == job.epoch)):
-        return str(job.outcome)
     if run is None:
-        return ""
+        return "" if job is None else str(job.outcome)
     return "interrupted" if run.status == "running" else str(run.status)
 
 
