@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tests.service.live import TOKEN, Live
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-SLOW = 60_000
+SLOW = 150_000
 """Milliseconds for what a driver process does."""
 
 WATCH = """

@@ -128,7 +128,7 @@ def test_submit_watch_to_the_end_and_export(dash: Dash) -> None:
     assert json.loads(Path(download.value.path()).read_text())["architectures"] == ["LlamaForCausalLM"]
 
     page.get_by_role("link", name="Start another from it").click()
-    expect(page.get_by_label("Config")).to_have_value(re.compile("^name: small-2"))
+    expect(page.locator("textarea")).to_have_value(re.compile("^name: small-2"))
     expect(page.locator("#verdict .good")).to_be_visible()
     page.go_back()
 
