@@ -29,7 +29,7 @@ export function overviewPart(run) {
       split = wanted;
       paint();
     });
-    const figures = winner ? winnerFigures(winner) : [];
+    const figures = winner ? winnerFigures(winner, shown) : [];
     return [
       card("Search", curveFigure(curve, shown.baselines, budget(), run.open, walk)),
       (shown.best || shown.baselines.length > 0) && card("Result", scoreTable(shown, run.open), gainPanel(shown)),

@@ -4,6 +4,7 @@ import { at, get } from "./api.js";
 import { axes, colour, drawing, image, legend, line } from "./chart.js";
 import { card, empty, h, problem, s, show } from "./dom.js";
 import { NONE, count, fixed, percent, score } from "./format.js";
+import { placeOf } from "./scores.js";
 import { waiting } from "./status.js";
 
 const SQUARE = "M-5-5h10v10h-10z";
@@ -43,8 +44,8 @@ function cards(run, found) {
       tile("Entropy", fixed(found.entropy, 2), "bits; near 0 all behave alike")),
     found.curve.length > 1 && card("Over time", h("figure", null, legend(CURVES.map(([, name, kind]) => [name, FLAT, `stroke ${kind}`])), drawing((width) => curves(width, found.curve)))),
     card("Who lives",
-      tasks.length > 0 && h("p", { class: "key" }, h("span", { class: "soft" }, "Niche: the tasks that its fitness comes from"), legend(tasks.map((task, i) => [task, SQUARE, colour(i)]))),
-      sources.length > 0 && h("p", { class: "key" }, h("span", { class: "soft" }, "Ancestry: the mean coefficient of each source"), legend(sources.map((source, i) => [source, SQUARE, colour(i + 4)]))),
+      tasks.length > 0 && h("p", { class: "key" }, h("span", { class: "soft" }, "Niche: the tasks that its fitness comes from"), legend(tasks.map((task, i) => [task, SQUARE, colour(i + 5)]))),
+      sources.length > 0 && h("p", { class: "key" }, h("span", { class: "soft" }, "Ancestry: the mean coefficient of each source"), legend(sources.map((source, i) => [source, SQUARE, colour(placeOf(run.shown, source, i))]))),
       table(run, found, tasks, sources)),
   ];
 }
@@ -61,13 +62,13 @@ function curves(width, curve) {
 }
 
 /** Return a bar in parts. */
-function stack(parts, order, shift, words) {
+function stack(parts, order, place, words) {
   const total = order.reduce((sum, name) => sum + Math.max(0, parts[name] ?? 0), 0) || 1;
   let x = 0;
   return s("svg", { class: "stack", viewBox: "0 0 100 10", width: 110, height: 14, preserveAspectRatio: "none", role: "img", "aria-label": words },
     order.map((name, i) => {
       const size = (100 * Math.max(0, parts[name] ?? 0)) / total;
-      const rect = s("rect", { class: colour(i + shift), x, y: 0, width: size, height: 10 }, s("title", null, `${name} ${percent(size / 100)}`));
+      const rect = s("rect", { class: colour(place(name, i)), x, y: 0, width: size, height: 10 }, s("title", null, `${name} ${percent(size / 100)}`));
       x += size;
       return rect;
     }));
@@ -85,8 +86,8 @@ function table(run, found, tasks, sources) {
       h("tbody", null, found.individuals.map((one) => h("tr", { class: one.candidate === run.shown.best?.candidate ? "winner" : null },
         h("th", { scope: "row" }, open(one.candidate)),
         h("td", { class: "number" }, score(one.score)), h("td", { class: "number" }, `${fixed(100 * one.fitness_share, 1)} %`), h("td", { class: "number" }, count(one.documents_alone)),
-        tasks.length > 0 && h("td", null, stack(one.niche, tasks, 0, words(one.niche, tasks))),
-        sources.length > 0 && h("td", null, stack(one.ancestry, sources, 4, words(one.ancestry, sources))),
+        tasks.length > 0 && h("td", null, stack(one.niche, tasks, (_, i) => i + 5, words(one.niche, tasks))),
+        sources.length > 0 && h("td", null, stack(one.ancestry, sources, (name, i) => placeOf(run.shown, name, i), words(one.ancestry, sources))),
         h("td", { class: "number" }, count(one.depth)),
         h("td", null, one.parents.length ? one.parents.map((parent, i) => [i > 0 && ", ", `#${parent}`]) : h("span", { class: "soft" }, one.depth === 0 ? "founder" : NONE)))))));
 }

@@ -17,6 +17,12 @@ export function looksOf(shown) {
   return rows;
 }
 
+/** Return the place of a source among the models: it has one colour and shape everywhere. */
+export function placeOf(shown, name, otherwise) {
+  const place = shown.baselines.findIndex((row) => row.name === name);
+  return place >= 0 ? place : shown.baselines.length + otherwise;
+}
+
 /** Return the table of models by split. */
 export function scoreTable(shown, open) {
   const looks = looksOf(shown);

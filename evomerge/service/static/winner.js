@@ -3,27 +3,37 @@
 import { axes, colour, drawing, image, legend, line, mark, shape } from "./chart.js";
 import { h, s } from "./dom.js";
 import { value } from "./format.js";
+import { placeOf } from "./scores.js";
 
 const MOST_PANELS = 12;
 const WHOLE = "merge";
 
-/** Return the drawings and tables of what `winner` answers. */
-export function winnerFigures(found) {
+/** Return the drawings and tables of what `winner` answers; `shown` says which colours the models have. */
+export function winnerFigures(found, shown) {
   const varies = found.parameters.filter((one) => Object.values(one.values).some(Array.isArray));
   const constant = found.parameters.filter((one) => !Object.values(one.values).some(Array.isArray));
   const ofMerge = constant.filter((one) => WHOLE in one.values);
   const ofSources = constant.filter((one) => !(WHOLE in one.values));
   const names = sources(found);
+  const look = looks(names, shown);
   return [
-    found.path.length > 0 && pathFigure(found.path),
+    found.path.length > 0 && pathFigure(found.path, shown),
     varies.length > 0 && h("figure", null,
-      legend(names.map((name, place) => [name === WHOLE ? "whole merge" : name, shape(place), colour(place)]).filter((_, place) => varies.some((one) => names[place] in one.values))),
-      h("div", { class: "panels" }, varies.slice(0, MOST_PANELS).map((one) => depthPanel(one, names, found.layers))),
+      legend(names.filter((name) => varies.some((one) => name in one.values)).map((name) => [name === WHOLE ? "whole merge" : name, ...look(name)])),
+      h("div", { class: varies.length === 1 ? "panels single" : "panels" }, varies.slice(0, MOST_PANELS).map((one) => depthPanel(one, look, found.layers))),
       varies.length > MOST_PANELS && h("figcaption", null, `The first ${MOST_PANELS} of ${varies.length} parameters; the recipe has all.`)),
     ofSources.length > 0 && constants(ofSources, names.filter((name) => name !== WHOLE)),
     ofMerge.length > 0 && h("dl", { class: "facts whole" }, ofMerge.map((one) =>
       [h("dt", null, one.parameter, one.tensors === "all tensors" ? null : `, ${one.tensors}`), h("dd", null, value(one.values.merge))])),
   ].filter(Boolean);
+}
+
+/** Return a function from a source's name to shape and colour. */
+function looks(names, shown) {
+  return (name) => {
+    const place = name === WHOLE ? 0 : placeOf(shown, name, names.indexOf(name));
+    return name === WHOLE ? [shape(0), "ink"] : [shape(place), colour(place)];
+  };
 }
 
 function sources(found) {
@@ -33,9 +43,9 @@ function sources(found) {
 }
 
 /** Return one parameter from the first layer to the last. */
-function depthPanel(one, names, layers) {
+function depthPanel(one, look, layers) {
   const rows = Object.entries(one.values).map(([name, found]) => ({
-    name, place: names.indexOf(name), values: Array.isArray(found) ? found : new Array(layers).fill(found),
+    name, look: look(name), values: Array.isArray(found) ? found : new Array(layers).fill(found),
   }));
   const known = rows.flatMap((row) => row.values).filter((v) => typeof v === "number");
   const low = Math.min(0, ...known);
@@ -43,13 +53,13 @@ function depthPanel(one, names, layers) {
   const draw = (width) => {
     const box = { left: 40, right: width - 10, top: 12, bottom: 150 };
     const { node, across, up } = axes(box, { range: [0, Math.max(1, layers - 1)], name: "layer", whole: true },
-      { range: [low, high + 0.06 * (high - low)], count: 3 });
+      { range: [low, high + 0.06 * (high - low)], count: 4 });
     const words = rows.map((row) => `${row.name} ${value(row.values[0])} to ${value(row.values.at(-1))}`).join(", ");
     const each = Math.max(1, Math.ceil(layers / 12));
     return image(width, 188, `${one.parameter}, ${one.tensors}, from the first layer to the last: ${words}.`, node,
-      rows.map((row) => s("g", { class: colour(row.place) },
-        s("path", { class: `stroke ${colour(row.place)}`, d: line(row.values.map((v, layer) => [across(layer), up(v ?? NaN)])) }),
-        row.values.map((v, layer) => v !== null && layer % each === 0 && mark(across(layer), up(v), shape(row.place), colour(row.place))))));
+      rows.map((row) => s("g", null,
+        s("path", { class: `stroke ${row.look[1]}`, d: line(row.values.map((v, layer) => [across(layer), up(v ?? NaN)])) }),
+        row.values.map((v, layer) => v !== null && layer % each === 0 && mark(across(layer), up(v), ...row.look)))));
   };
   return h("div", { class: "panel" }, h("h3", null, one.parameter, h("small", null, ` ${one.tensors}`)), drawing(draw));
 }
@@ -61,8 +71,8 @@ function constants(rows, names) {
   const cell = (found) => h("td", { class: "number" }, value(found),
     typeof found === "number" && s("svg", { class: "meter", viewBox: "0 0 60 4", width: 60, height: 4, preserveAspectRatio: "none", "aria-hidden": "true" },
       s("rect", { class: "track", width: 60, height: 4 }), s("rect", { class: "value", width: (60 * Math.abs(found)) / most, height: 4 })));
-  return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Parameters that are the same at every depth" },
-    h("table", null, h("caption", null, "The same at every depth"),
+  return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Parameters with one value for each source" },
+    h("table", null, h("caption", null, "One value each, not by layer"),
       h("thead", null, h("tr", null, h("th", { scope: "col" }, "Parameter"), h("th", { scope: "col" }, "Tensors"),
         shown.map((name) => h("th", { scope: "col", class: "number" }, name)))),
       h("tbody", null, rows.map((row) => h("tr", null, h("th", { scope: "row" }, row.parameter), h("td", null, row.tensors),
@@ -70,11 +80,12 @@ function constants(rows, names) {
 }
 
 /** Return a layer path from left to right, and the scales between. */
-function pathFigure(path) {
+function pathFigure(path, shown) {
   const names = [...new Set(path.map((step) => step.source))];
   const scaled = path.some((step) => step.scale !== 1);
   const layers = Math.max(...path.map((step) => step.layer), 1);
-  const dot = (x, y, step) => mark(x, y, shape(names.indexOf(step.source)), colour(names.indexOf(step.source)));
+  const look = looks(names, shown);
+  const dot = (x, y, step) => mark(x, y, ...look(step.source));
   const draw = (width) => {
     const box = { left: 44, right: width - 14, top: 26, bottom: 216 };
     const x = { range: [0, Math.max(1, path.length - 1)], whole: true, name: scaled ? "" : "place in the path" };
@@ -93,7 +104,7 @@ function pathFigure(path) {
     }
     return image(width, scaled ? 402 : 256, `The model runs through ${path.length} layers: ${stretches(path)}.`, ...parts.flat(2));
   };
-  return h("figure", null, legend(names.map((name, place) => [name, shape(place), colour(place)])), drawing(draw),
+  return h("figure", null, legend(names.map((name) => [name, ...look(name)])), drawing(draw),
     h("figcaption", null, `${path.length} layers: ${stretches(path)}.`));
 }
 
