@@ -24,6 +24,34 @@ document.addEventListener("securitypolicyviolation",
   (e) => window.violations.push(`${e.violatedDirective} ${e.blockedURI}`));
 """
 
+# Returns every text whose contrast to what is behind it is below 4.5, as WCAG 2 computes it.
+CONTRAST = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const paint = (...colours) => {
+    canvas.clearRect(0, 0, 1, 1);
+    for (const one of colours) { canvas.fillStyle = one; canvas.fillRect(0, 0, 1, 1); }
+    return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const linear = (v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = (rgb) => rgb.map((v) => linear(v / 255))
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const found = [];
+  for (const node of document.querySelectorAll("main *, header *")) {
+    const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+    const box = node.getBoundingClientRect();
+    if (!own || !box.width || node.closest("[disabled], .unseen, .arrow")) continue;
+    const behind = [];
+    for (let at = node; at; at = at.parentElement) behind.unshift(getComputedStyle(at).backgroundColor);
+    const style = getComputedStyle(node);
+    const colour = node instanceof SVGElement ? style.fill : style.color;
+    const [one, two] = [light(paint(...behind)), light(paint(...behind, colour))];
+    const ratio = (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
+    const what = `${node.tagName} ${node.getAttribute("class")} ${node.textContent.slice(0, 30)}`;
+    if (ratio < 4.5) found.push(`${what} ${ratio.toFixed(2)}`);
+  }
+  return found;
+}"""
+
 expect.set_options(timeout=15_000)
 
 

@@ -16,11 +16,10 @@ pytest.importorskip("playwright.sync_api", reason="the Python package playwright
 from playwright.sync_api import Browser, Page, expect
 
 from evomerge.records import Outcome
-from evomerge.service.app import STATIC
 from tests.e2e.test_niches import SEGMENTS
 from tests.e2e.world import make_world, write_config
 from tests.report.synthetic import finished
-from tests.service.browser import SLOW, Dash, launched, tab
+from tests.service.browser import CONTRAST, SLOW, Dash, launched, tab
 from tests.service.live import TOKEN, Live, running, settings_in
 
 LONG = "a-rather-long-name-that-somebody-chose-for-an-experiment-with-many-words-2026-11-26.version-2"
@@ -217,77 +216,6 @@ def test_a_config_from_a_file_and_from_a_run(dash: Dash, tmp_path: Path) -> None
     assert yaml.safe_load(page.get_by_label("Config").input_value())["name"] == "demo-2"
 
 
-DATA = {
-    "name": "x",
-    "numbers": [1, -2.5, 1e-7, 1e300, 0.1],
-    "text": [
-        "yes",
-        "null",
-        "1.0",
-        "a: b",
-        "# c",
-        "",
-        " x ",
-        "é\n\u2028'\"",
-        "- a",
-        "[",
-        "./base",
-        "a b",
-        "1e5",
-    ],
-    "nested": [{"a": {"b": [], "c": {}}, "d": [[1], [{"e": None}]]}, {"key with: colon": True}],
-    "~": {"on": False},
-}
-
-
-def test_yaml_is_written_so_that_it_is_read_back(dash: Dash) -> None:
-    page = dash.open()
-    text = page.evaluate("async (data) => (await import('/static/yaml.js')).yaml(data)", DATA)
-    assert yaml.safe_load(text) == DATA
-
-
-LINES = """\
-# name: not this
-sources: {base: {name: inner, path: ./b}}
-name: outer
-space:
-  parameters:
-    weight:
-      low: 0
-    name: deep
-  method: ties
-models:
-  - name: one
-    path: x
-  - {name: two, path: y}
-"""
-
-
-@pytest.mark.parametrize(
-    ("key", "line"),
-    [
-        ("name", 3),
-        ("sources.base.path", 2),
-        ("space.method", 9),
-        ("space.parameters.weight.low", 7),
-        ("space.parameters.weight.high", 6),
-        ("models.0.path", 12),
-        ("models.1.path", 13),
-        ("nothing", None),
-    ],
-)
-def test_the_line_of_a_key_is_found(dash: Dash, key: str, line: int | None) -> None:
-    page = dash.open()
-    for text in (LINES, json.dumps(yaml.safe_load(LINES), indent=2)):
-        found = page.evaluate(
-            "async ([text, key]) => (await import('/static/yaml.js')).lineOf(text, key)", [text, key]
-        )
-        if text is LINES:
-            assert (None if found is None else found + 1) == line
-        else:
-            assert (found is None) == (line is None)
-
-
 # Tables.
 
 
@@ -393,34 +321,6 @@ def test_markup_of_others_stays_text(dash: Dash) -> None:
     assert page.evaluate("window.hit") is None
 
 
-FORBIDDEN = (
-    "innerHTML",
-    "outerHTML",
-    "insertAdjacentHTML",
-    "document.write",
-    "DOMParser",
-    "eval(",
-    "Function(",
-    "srcdoc",
-    "http:",
-)
-
-
-def test_the_files_make_elements_of_no_text() -> None:
-    for file in STATIC.iterdir():
-        text = file.read_text("utf-8").replace("http://www.w3.org/2000/svg", "")
-        assert [word for word in FORBIDDEN if word in text] == [], file.name
-        assert "https:" not in text
-        if file.suffix == ".html":
-            assert not re.search(r"<style|\bstyle=|\bon\w+=|<script>|<script(?! [^>]*src=)", text)
-
-
-def test_the_package_has_the_files(repository: Path) -> None:
-    text = (repository / "pyproject.toml").read_text("utf-8")
-    assert '"service/static/*"' in text
-    assert not [path for path in STATIC.iterdir() if path.is_dir()]
-
-
 # Keyboard, phone, colours.
 
 
@@ -478,34 +378,6 @@ def test_nothing_hangs_over_on_a_phone(browser: Browser, live: Live) -> None:
         page.get_by_role("button", name="Resume").click()
         assert dash.overflow() == 0
         assert page.get_by_role("dialog").bounding_box()["width"] <= 360
-
-
-CONTRAST = """() => {
-  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const paint = (...colours) => {
-    canvas.clearRect(0, 0, 1, 1);
-    for (const one of colours) { canvas.fillStyle = one; canvas.fillRect(0, 0, 1, 1); }
-    return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
-  };
-  const linear = (v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-  const light = (rgb) => rgb.map((v) => linear(v / 255))
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const found = [];
-  for (const node of document.querySelectorAll("main *, header *")) {
-    const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
-    const box = node.getBoundingClientRect();
-    if (!own || !box.width || node.closest("[disabled], .unseen, .arrow")) continue;
-    const behind = [];
-    for (let at = node; at; at = at.parentElement) behind.unshift(getComputedStyle(at).backgroundColor);
-    const style = getComputedStyle(node);
-    const colour = node instanceof SVGElement ? style.fill : style.color;
-    const [one, two] = [light(paint(...behind)), light(paint(...behind, colour))];
-    const ratio = (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
-    const what = `${node.tagName} ${node.getAttribute("class")} ${node.textContent.slice(0, 30)}`;
-    if (ratio < 4.5) found.push(`${what} ${ratio.toFixed(2)}`);
-  }
-  return found;
-}"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -2,7 +2,7 @@
 
 import { h, s, show } from "./dom.js";
 
-export const COLOURS = 8;
+const COLOURS = 8;
 
 /** Return the class of a series' colour. */
 export const colour = (place) => `c${((place % COLOURS) + COLOURS) % COLOURS}`;
@@ -20,16 +20,6 @@ export function ticks(low, high, most = 5, whole = false) {
 
 /** Return a function from data to pixels. */
 export const scale = (from, to) => (value) => to[0] + ((value - from[0]) / (from[1] - from[0] || 1)) * (to[1] - to[0]);
-
-/** Return the ends of values with some room. */
-export function frame(values, room = 0.06) {
-  const known = values.filter((value) => Number.isFinite(value));
-  if (!known.length) return [0, 1];
-  const low = Math.min(...known);
-  const high = Math.max(...known);
-  const extra = (high - low || Math.abs(high) || 1) * room;
-  return [low - extra, high + extra];
-}
 
 /** Return a tick's text: as many decimals as tell neighbours apart. */
 export function label(value, step) {

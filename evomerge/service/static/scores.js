@@ -8,7 +8,7 @@ import { NONE, interval, points, score } from "./format.js";
 const ROW = 20;
 
 /** Return how the models are drawn: the winner first. */
-export function looksOf(shown) {
+function looksOf(shown) {
   const rows = shown.baselines.map((row, place) => ({ row, name: row.name, outline: shape(place), kind: colour(place) }));
   if (shown.best) {
     const name = shown.best.chosen_on === "select" ? "winner" : "best so far";
