@@ -11,9 +11,9 @@ from matplotlib.ticker import MaxNLocator
 
 from evomerge.errors import UserError
 from evomerge.recipe import Recipe
+from evomerge.report.depth import merge_map
 from evomerge.report.figures import COLOURS, Drawing, Look, Panel, axes_at, both, coefficients, shortened
 from evomerge.report.population import Population
-from evomerge.segments import pieces
 from evomerge.store import RunView
 
 CURVES = (
@@ -94,42 +94,6 @@ def _lineage(tree: Mapping[int, Sequence[int]], depth: Mapping[int, int]) -> Dra
         return figure
 
     return both(paint, "lineage", label)
-
-
-def merge_map(recipe: Recipe, chromosomes: Sequence[Mapping[str, Any]], layers: int) -> list[dict[str, Any]]:
-    """Return for each table of a recipe its sources' mean coefficients along depth.
-
-    Args:
-        recipe: With segments.
-        chromosomes: The run's facts: for each table layer, role and entries of its tensors.
-        layers: Number of layers.
-
-    Returns:
-        For each table `title`, `by_layer` (layers, sources; NaN where it has no tensor), and `outside`, role
-        to one number per source.
-    """
-    found: list[dict[str, Any]] = []
-    for table, chromosome in zip(recipe.segments, chromosomes, strict=True):
-        sums = np.zeros((layers, len(recipe.sources)))
-        counts = np.zeros(layers)
-        outside: dict[str, Any] = {}
-        start = 0
-        for layer, role, size in chromosome["tensors"]:
-            rows = [(p.stop - p.start) * np.array(p.coefficients) for p in pieces(table, start, size)]
-            start += size
-            mixed = np.sum(rows, axis=0)
-            if layer is None:
-                before = outside.get(role, (np.zeros(len(recipe.sources)), 0))
-                outside[role] = (before[0] + mixed, before[1] + size)
-            else:
-                sums[layer] += mixed
-                counts[layer] += size
-        with np.errstate(invalid="ignore"):
-            by_layer = sums / counts[:, None]
-        title = "coefficient, " + (" and ".join(table.roles) or ("other tensors" if found else "all tensors"))
-        ends = {role: (total / size).tolist() for role, (total, size) in outside.items()}
-        found.append({"title": title, "by_layer": by_layer, "outside": ends})
-    return found
 
 
 def segment_coefficients(

@@ -7,7 +7,7 @@ from typing import Any
 from evomerge.errors import MissingError, nearest
 from evomerge.report.summary import Summary
 from evomerge.store import Store
-from evomerge.store.lines import Line, lines, progress
+from evomerge.store.lines import Counted, Line, lines, progress
 
 STATUSES = ("queued", "starting", "running", "stopped", "failed", "finished", "interrupted", "cancelled")
 LIVE = ("queued", "starting", "running")
@@ -18,6 +18,7 @@ def overview(
     store: Store,
     *,
     status: str | None = None,
+    contains: str = "",
     after: str | None = None,
     limit: int | None = None,
     newest_first: bool = False,
@@ -27,6 +28,7 @@ def overview(
     Args:
         store: Where they are.
         status: Only those of this status.
+        contains: Only those with this in their name, in capitals or not.
         after: Begin behind the run of this name.
         limit: At most so many; None: all.
         newest_first: Turn the order around.
@@ -34,7 +36,8 @@ def overview(
     Returns:
         `runs`; their number `total` whatever the limit; `next`, the name to go on behind, None at the end.
     """
-    found = [line for line in lines(store) if status in (None, line.status)]
+    part = contains.lower()
+    found = [line for line in lines(store) if status in (None, line.status) and part in line.name.lower()]
     if newest_first:
         found.reverse()
     names = [line.name for line in found]
@@ -42,7 +45,7 @@ def overview(
     page = found[first : None if limit is None else first + limit]
     counted = progress(store, [line.run_id for line in page if line.run_id is not None])
     more = first + len(page) < len(found)
-    rows = [_row(line, *counted.get(line.run_id or 0, (0, None))) for line in page]
+    rows = [_row(line, counted.get(line.run_id or 0, Counted())) for line in page]
     return {"runs": rows, "total": len(found), "next": page[-1].name if page and more else None}
 
 
@@ -54,7 +57,7 @@ def one_run(store: Store, name: str) -> dict[str, Any]:
     """
     for line in lines(store, name):
         counted = progress(store, [line.run_id]) if line.run_id is not None else {}
-        return _row(line, *counted.get(line.run_id or 0, (0, None)))
+        return _row(line, counted.get(line.run_id or 0, Counted()))
     known = [line.name for line in lines(store)]
     raise MissingError(f'there is no run "{name}" in store {store.location}{nearest(name, known)}')
 
@@ -92,12 +95,14 @@ NOTHING_FOUND: dict[str, Any] = {
 """What `Summary.to_json` returns before there is a run."""
 
 
-def _row(line: Line, candidates: int, best: float | None) -> dict[str, Any]:
+def _row(line: Line, counted: Counted) -> dict[str, Any]:
     return {
         "name": line.name,
         "status": line.status,
-        "candidates": candidates,
-        "best_search_score": best,
+        "candidates": counted.candidates,
+        "evaluations": counted.evaluations,
+        "budget": counted.budget,
+        "best_search_score": counted.best,
         "created": line.created,
         "updated": line.updated,
         "priority": line.priority,

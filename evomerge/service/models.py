@@ -138,7 +138,9 @@ class RunLine(BaseModel):
 
     name: str
     status: RunStatus
-    candidates: int
+    candidates: int = Field(description="Baselines included.")
+    evaluations: int = Field(description="How many the optimizer has proposed.")
+    budget: int | None = Field(description="How many it may propose; null before the run has begun.")
     best_search_score: float | None = Field(description="Baselines included.")
     created: float = Field(description="Unix seconds.")
     updated: float
@@ -229,6 +231,32 @@ class Winner(BaseModel):
     layers: int
     parameters: list[DepthParameter]
     path: list[PathStep] = Field(description="Of a layer path; empty for a plain merge.")
+
+
+class CurvePoint(BaseModel):
+    """One evaluation, or some in a row."""
+
+    at: int = Field(description="The last of them, from 1.")
+    candidate: int | None = Field(description="Who scored best of them; null if none has a score.")
+    score: float | None = Field(description="Its score on the search documents.")
+    best: float | None = Field(description="Best so far.")
+    mean: float | None = Field(description="Mean of the last 20 scores.")
+    failed: int = Field(description="How many of them are invalid or failed.")
+
+
+class Curve(BaseModel):
+    """How the search went. Candidates that racing stopped are left out."""
+
+    evaluations: int
+    event: int = Field(description="The newest event of the log then.")
+    points: list[CurvePoint]
+
+
+class RunGain(BaseModel):
+    """What a run gained."""
+
+    gain: dict[str, Any] | None = Field(description="Over the best baseline, as in `GET runs/NAME`.")
+    verdict: str
 
 
 class Logs(BaseModel):

@@ -10,7 +10,7 @@ from sqlalchemy import Row, Select, and_, func, select
 
 from evomerge.store.owner import Owner
 from evomerge.store.store import Store
-from evomerge.store.tables import CANDIDATES, JOBS, OUTCOMES, RUNS, now
+from evomerge.store.tables import CANDIDATES, JOBS, OUTCOMES, RUNS, now, unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,26 @@ class Line:
     run_id: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """How far a run is.
+
+    Attributes:
+        candidates: How many it has, baselines included.
+        best: The best search score, baselines included; None before the first.
+        evaluations: How many the optimizer has proposed.
+        budget: How many it may propose; None of a run without a config of ours.
+    """
+
+    candidates: int = 0
+    best: float | None = None
+    evaluations: int = 0
+    budget: int | None = None
+
+
 _RUN_COLUMNS = (
     *(RUNS.c.id, RUNS.c.name, RUNS.c.status, RUNS.c.owner, RUNS.c.created, RUNS.c.updated, RUNS.c.epoch),
+    RUNS.c.error,
     (now() - RUNS.c.heartbeat).label("silence"),
 )
 _JOB_COLUMNS = (
@@ -74,10 +92,14 @@ def _line(name: str, run: Row[Any] | None, job: Row[Any] | None) -> Line:
 
 
 def _error(run: Row[Any] | None, job: Row[Any] | None) -> str:
-    """Return how the job failed, unless another driver has taken the run since."""
-    if job is None or job.state != "ended" or (run is not None and run.epoch > job.epoch + 1):
+    """Return how the job failed, or the run, if another driver has taken it since or it has no job."""
+    if job is not None and job.state != "ended":
         return ""
-    return str(job.error)
+    if job is not None and (run is None or run.epoch <= job.epoch + 1):
+        return str(job.error)
+    if run is None or run.status != "failed":
+        return ""
+    return str(unpack(run.error, f'run "{run.name}": its error'))
 
 
 def _status(run: Row[Any] | None, job: Row[Any] | None) -> str:
@@ -92,17 +114,38 @@ def _status(run: Row[Any] | None, job: Row[Any] | None) -> str:
     return "interrupted" if run.status == "running" else str(run.status)
 
 
-def progress(store: Store, ids: Sequence[int]) -> dict[int, tuple[int, float | None]]:
-    """Return for each run how many candidates it has, and its best search score.
+def progress(store: Store, ids: Sequence[int]) -> dict[int, Counted]:
+    """Return for each run how far it is.
 
     Args:
         store: Where they are.
         ids: `Line.run_id` of the runs.
     """
-    last = select(func.max(CANDIDATES.c.number)).where(CANDIDATES.c.run_id == RUNS.c.id).scalar_subquery()
+    mine = CANDIDATES.c.run_id == RUNS.c.id
+    last = select(func.max(CANDIDATES.c.number)).where(mine).scalar_subquery()
+    asked = (
+        select(CANDIDATES.c.idx)
+        .where(mine, CANDIDATES.c.idx.is_not(None))
+        .order_by(CANDIDATES.c.number.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
     ok = and_(OUTCOMES.c.run_id == RUNS.c.id, OUTCOMES.c.split == "search", OUTCOMES.c.status == "ok")
     best = select(func.max(OUTCOMES.c.score)).where(ok).scalar_subquery()
-    query = select(RUNS.c.id, (func.coalesce(last, -1) + 1).label("candidates"), best.label("best"))
+    query: Select[Any] = select(
+        RUNS.c.id,
+        RUNS.c.name,
+        RUNS.c.config,
+        (func.coalesce(last, -1) + 1).label("candidates"),
+        best.label("best"),
+        (func.coalesce(asked, -1) + 1).label("evaluations"),
+    )
     with store.reading() as connection:
         rows = connection.execute(query.where(RUNS.c.id.in_(list(ids)))).all()
-    return {row.id: (row.candidates, row.best) for row in rows}
+    return {row.id: Counted(row.candidates, row.best, row.evaluations, _budget(row)) for row in rows}
+
+
+def _budget(row: Row[Any]) -> int | None:
+    config = unpack(row.config, f'run "{row.name}": its config')
+    found = (config.get("budget") or {}).get("evaluations")
+    return None if found is None else int(found)

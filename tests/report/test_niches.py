@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 from evomerge.recipe import parse_recipe
-from evomerge.report.niches import merge_map, segment_coefficients
+from evomerge.report.depth import merge_map, segments_over_depth
+from evomerge.report.niches import segment_coefficients
 
 SOURCES = [{"name": "one", "path": "a"}, {"name": "two", "path": "b"}]
 CHROMOSOMES = [
@@ -39,6 +40,19 @@ def test_layers_without_tensors_of_a_table_have_no_number():
     second = {"starts": [0], "coefficients": [[0.5, 0.5]]}
     found = merge_map(recipe(first, second), CHROMOSOMES, 3)
     assert math.isnan(found[0]["by_layer"][2, 0])
+
+
+def test_segments_have_the_shape_of_parameters_over_depth():
+    first = {"roles": ["attention"], "starts": [0], "coefficients": [[1.0, 0.0]]}
+    second = {"starts": [0], "coefficients": [[0.5, 0.25]]}
+    found = segments_over_depth(recipe(first, second), CHROMOSOMES, 3)
+    assert [(one["tensors"], one["values"]["two"]) for one in found] == [
+        ("attention", [0.0, 0.0, None]),
+        ("other tensors", [0.25, 0.25, None]),
+        ("embedding", 0.25),
+        ("head", 0.25),
+    ]
+    assert segments_over_depth(recipe(first, second), [], 3) == []
 
 
 def test_runs_without_facts_have_no_map():

@@ -9,6 +9,7 @@ import pytest
 
 from evomerge.report.overview import shown
 from tests.e2e.world import evomerge
+from tests.report.synthetic import finished
 from tests.service.live import Live, running, settings_in
 
 
@@ -64,6 +65,40 @@ def test_winner_has_values_over_depth(live: Live) -> None:
     assert set(weights) == {"math", "code", "german"}
     assert all(len(values) == 16 for values in weights.values())
     assert found["path"] == []
+
+
+def test_progress_is_the_search_in_a_bounded_number_of_points(live: Live) -> None:
+    whole = live.http.get("/runs/demo/progress").json()
+    proposed = [c for c in live.store.run("demo").candidates() if c.index is not None]
+    assert whole["evaluations"] == len(whole["points"]) == len(proposed) == 60
+    assert whole["event"] == live.store.run("demo").last_event()
+    scores = [point["score"] for point in whole["points"] if point["score"] is not None]
+    assert whole["points"][-1]["best"] == max(scores)
+    assert whole["points"][-1]["mean"] == pytest.approx(sum(scores[-20:]) / 20)
+    assert sum(point["failed"] for point in whole["points"]) == 4
+    few = live.http.get("/runs/demo/progress?most=10").json()
+    assert [point["at"] for point in few["points"]] == [6, 12, 18, 24, 30, 36, 42, 48, 54, 60]
+    assert [point["best"] for point in few["points"]] == [point["best"] for point in whole["points"][5::6]]
+    assert max(point["score"] for point in few["points"]) == max(scores)
+    assert sum(point["failed"] for point in few["points"]) == 4
+
+
+def test_a_line_has_budget_evaluations_and_error_and_is_found_by_a_part_of_its_name(tmp_path: Path) -> None:
+    with running(settings_in(tmp_path, at_once=0)) as live:
+        finished(live.store, 30)
+        live.store.create_run("broken", {}, {}).release("failed", "the benchmark is down")
+        lines = {line["name"]: line for line in live.http.get("/runs").json()["runs"]}
+        assert (lines["demo"]["evaluations"], lines["demo"]["budget"], lines["demo"]["error"]) == (
+            30,
+            200,
+            "",
+        )
+        assert (lines["broken"]["budget"], lines["broken"]["error"]) == (None, "the benchmark is down")
+        found = live.http.get("/runs", params={"contains": "DEM"}).json()
+        assert ([line["name"] for line in found["runs"]], found["total"]) == (["demo"], 1)
+        shown = live.http.get("/runs/demo").json()
+        gain = live.http.get("/runs/demo/gain").json()
+        assert gain == {"gain": shown["gain"], "verdict": shown["verdict"]}
 
 
 def test_recipe_config_logs_workers_population(live: Live) -> None:

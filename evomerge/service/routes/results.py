@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
@@ -10,12 +11,13 @@ from fastapi.responses import FileResponse
 
 from evomerge.errors import MissingError, UserError
 from evomerge.recipe import Recipe
-from evomerge.report.depth import over_depth, steps
+from evomerge.report.depth import over_depth, segments_over_depth, steps
 from evomerge.report.population import Population
 from evomerge.report.recipes import as_mergekit, recipe_of
 from evomerge.service.commands import run_command
-from evomerge.service.models import Logs, RunConfigAnswer, RunName, Winner, Workers
+from evomerge.service.models import Curve, Logs, RunConfigAnswer, RunGain, RunName, Winner, Workers
 from evomerge.service.parts import Parts
+from evomerge.store.curve import search_curve
 
 MOST = 2**31 - 1
 REPORT_POLICY = (
@@ -50,9 +52,22 @@ def router(parts: Parts) -> APIRouter:
             return Winner(**kept, layers=0, parameters=[], path=[])
         recipe = recipe_of(view, data["best"]["candidate"])
         layers = int(view.facts.get("layers") or 0)
-        return Winner(
-            **kept, layers=layers, parameters=over_depth(_merge_of(recipe), layers), path=steps(recipe)
-        )
+        parameters = _parameters(recipe, view.facts, layers)
+        return Winner(**kept, layers=layers, parameters=parameters, path=steps(recipe))
+
+    @routes.get("/gain")
+    def gain(name: RunName) -> RunGain:
+        """Return the gain over the best baseline, and the verdict: two lines of `GET runs/NAME`."""
+        data = parts.shown.get(name)
+        return RunGain(gain=data["gain"], verdict=data["verdict"])
+
+    @routes.get("/progress")
+    def curve(
+        name: RunName,
+        most: Annotated[int, Query(ge=10, le=5000, description="Evaluations in a row become one.")] = 500,
+    ) -> Curve:
+        """Return how the search went, in at most so many points."""
+        return Curve.model_validate(search_curve(store, store.run(name), most))
 
     @routes.get("/recipe")
     def recipe(
@@ -108,7 +123,9 @@ def _add_driver(routes: APIRouter, parts: Parts) -> None:
         return Workers(at=said[0], **said[1])
 
 
-def _merge_of(recipe: Recipe) -> Recipe:
-    """Return the merge whose parameters vary over depth; of a path, the one that it runs through."""
-    inner = recipe.reference.recipe if recipe.path else None
-    return recipe if inner is None else inner
+def _parameters(recipe: Recipe, facts: Mapping[str, Any], layers: int) -> list[dict[str, Any]]:
+    """Return what varies over depth; of a path, in the merge that it runs through, if it is one."""
+    if recipe.segments:
+        return segments_over_depth(recipe, facts.get("chromosomes") or [], layers)
+    merge = recipe.reference.recipe if recipe.path else recipe
+    return [] if merge is None else over_depth(merge, layers)

@@ -46,11 +46,12 @@ def router(parts: Parts) -> APIRouter:
     @routes.get("")
     def list_runs(
         status: RunStatus | None = None,
+        contains: Annotated[str, Query(max_length=100, description="Part of the name.")] = "",
         after: Annotated[str | None, Query(pattern=NAME, description="`next` of the page before.")] = None,
         limit: Annotated[int, Query(ge=1, le=500)] = 50,
     ) -> RunPage:
         """List runs, the newest first: those in the store, and those that wait."""
-        found = overview(store, status=status, after=after, limit=limit, newest_first=True)
+        found = overview(store, status=status, contains=contains, after=after, limit=limit, newest_first=True)
         return RunPage.model_validate(found)
 
     @routes.post("", status_code=201, responses={200: {"model": RunLine, "description": "Known already"}})
