@@ -22,12 +22,18 @@ from evomerge.progress import Progress
 from evomerge.search import Search
 from evomerge.sourcing import with_recipes
 from evomerge.store import Run, RunView, Store
+from evomerge.trackers.live import LiveTracking
+from evomerge.trackers.targets import Target, parse_target
 from evomerge.workers.inline import InlinePool
 from evomerge.workers.pool import Pool
 from evomerge.workers.ray_pool import RayPool
 
 Listener = Callable[[Progress], None]
 Notice = Callable[[str], None]
+
+
+HASTY_SECONDS = 3.0
+"""How long trackers have after a second Ctrl-C."""
 
 
 def _silent(text: str) -> None:
@@ -71,6 +77,7 @@ def start(
             f'run "{config.name}" exists already; go on with it by `evomerge resume {config.name}`, '
             "or choose another name with --name"
         )
+    targets = trackers_of(config, base_dir)
     notice("reading sources and tasks")
     config = with_recipes(config, base_dir, store)
     plan = Plan(config, base_dir)
@@ -79,7 +86,7 @@ def start(
     notice("starting workers")
     with make_pool(plan) as pool:
         run = store.create_run(config.name, config.model_dump(mode="json"), plan.facts())
-        return _drive(run, plan, pool, store, listener, notice)
+        return _drive(run, plan, pool, store, listener, notice, targets)
 
 
 def resume(
@@ -96,7 +103,7 @@ def resume(
     Args:
         name: The run.
         store: Where it is kept.
-        overrides: Changes of the config's `budget`, `workers` and `output` sections, as `section.key=value`.
+        overrides: Changes of the config's sections in `CHANGEABLE`, as `section.key=value`.
         accept_drift: Go on although sources or tasks changed; the change is recorded.
         listener: Called after each outcome.
         notice: Called with lines for people.
@@ -109,6 +116,7 @@ def resume(
         raise StoreError(f'run "{name}" is driven by {view.owner}; stop that process first')
     config = parse_config(view.config, f"run {name}", overrides)
     _check_unchanged(view, config)
+    targets = trackers_of(config, Path(view.facts["base_dir"]))
     notice("reading sources and tasks")
     plan = Plan(config, Path(view.facts["base_dir"]))
     changed = drift(view.facts, plan.facts())
@@ -121,7 +129,19 @@ def resume(
         if changed:
             run.add_event("drift_accepted", {"changes": changed})
             run.set_facts({**plan.facts(), "drift": [*view.facts.get("drift", []), *changed]})
-        return _drive(run, plan, pool, store, listener, notice)
+        return _drive(run, plan, pool, store, listener, notice, targets)
+
+
+def trackers_of(config: RunConfig, base_dir: Path) -> list[Target]:
+    """Return where a config has its run tracked.
+
+    Raises:
+        ConfigError: A kind is unknown, or its package is not installed.
+    """
+    try:
+        return [parse_target(text, base_dir) for text in config.trackers]
+    except UserError as problem:
+        raise ConfigError(f"trackers: {problem}") from None
 
 
 def _check_unchanged(view: RunView, config: RunConfig) -> None:
@@ -134,24 +154,39 @@ def _check_unchanged(view: RunView, config: RunConfig) -> None:
             )
 
 
-def _drive(run: Run, plan: Plan, pool: Pool, store: Store, listener: Listener, notice: Notice) -> RunView:
+def _drive(
+    run: Run,
+    plan: Plan,
+    pool: Pool,
+    store: Store,
+    listener: Listener,
+    notice: Notice,
+    targets: Sequence[Target],
+) -> RunView:
     search = Search(run, plan, pool, listener)
     run.set_status("running")
     run.add_event("started", {"pid": os.getpid(), "workers": pool.state().workers})
+    tracking = LiveTracking(run, targets, notice)
+
+    def let_go(status: str, error: str = "") -> None:
+        tracking.end(status, error)
+        run.release(status, error)
+
     try:
         with _stopping(search, notice), _asked_to_stop(run):
             finished = search.run()
-        run.release("finished" if finished else "stopped")
+        let_go("finished" if finished else "stopped")
     except LostRunError:
         raise
     except KeyboardInterrupt:
         run.release("stopped")
         pool.close(kill=True)
+        tracking.end("stopped", seconds=HASTY_SECONDS)
     except UserError as problem:
-        run.release("failed", str(problem))
+        let_go("failed", str(problem))
         raise
     except BaseException as problem:
-        run.release("failed", f"{type(problem).__name__}: {problem}")
+        let_go("failed", f"{type(problem).__name__}: {problem}")
         raise
     return store.run(run.name)
 

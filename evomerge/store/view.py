@@ -145,10 +145,10 @@ class RunView:
         self.owner = Owner.of_json(row.owner)
         self.owner_alive = self.owner is not None and self.owner.alive(row.silence)
 
-    def candidates(self) -> list[Candidate]:
-        """Return all candidates by number."""
-        query = select(CANDIDATES).where(CANDIDATES.c.run_id == self.id).order_by(CANDIDATES.c.number)
-        return [self._candidate(row) for row in self._rows(query)]
+    def candidates(self, first: int = 0) -> list[Candidate]:
+        """Return the candidates by number, from the first one wanted on."""
+        query = select(CANDIDATES).where(CANDIDATES.c.run_id == self.id, CANDIDATES.c.number >= first)
+        return [self._candidate(row) for row in self._rows(query.order_by(CANDIDATES.c.number))]
 
     def candidate(self, number: int) -> Candidate:
         """Return one candidate; StoreError if there is none with that number."""
