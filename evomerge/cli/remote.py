@@ -59,7 +59,6 @@ def fetch_export(client: Client, name: str, candidate: int | None, out: Path) ->
     large = [file["name"] for file in export["files"] if not file["download"]]
     if large:
         return f"wrote {export['path']} on the machine of {client.server}; {large[0]} is too large to be sent"
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         for file in export["files"]:

@@ -182,14 +182,14 @@ class Supervisor:
         return True
 
     def _again(self, job: Job, progress: int) -> None:
-        restarts = 1 if progress > 0 else job.restarts + 1
+        restarts = 0 if progress > 0 else job.restarts + 1
         problem = self._problems.pop(job.id, "")
         if restarts > self._settings.restarts:
-            often = f"its driver died {restarts} times in a row without a new outcome; see its log"
+            often = f"drivers that died in a row without a new outcome: {restarts}; see its log"
             self._queue.end(job, "failed" if problem else "interrupted", problem or often)
             return
         _log.warning('run "%s": its driver died; starting it again', job.name)
-        self._not_before[job.id] = time.monotonic() + 2.0 ** min(restarts - 1, 6) - 1.0
+        self._not_before[job.id] = time.monotonic() + 2.0 ** min(restarts, 6) - 1.0
         self._queue.again(job, restarts=restarts)
 
 
