@@ -42,6 +42,7 @@ def evaluate_model(model: str, config: RunConfig, base_dir: Path, split: str) ->
         engine=config.workers.engine,
         tensor_parallel=config.workers.tensor_parallel,
         gpu_share=config.workers.gpu_share,
+        gpus=config.workers.whole_gpus,
     )
     recipe = parse_recipe({"method": "linear", "sources": [source.model_dump(exclude_none=True)]}, "model")
     outcome = Worker(spec).run(Job(0, recipe.to_json(), split, float("inf")))

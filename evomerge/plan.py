@@ -295,6 +295,7 @@ class Plan:
             engine=workers.engine,
             tensor_parallel=workers.tensor_parallel,
             gpu_share=workers.gpu_share,
+            gpus=workers.whole_gpus,
         )
 
     @cached_property

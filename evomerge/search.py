@@ -62,6 +62,8 @@ class Search:
         self._races = None if racing is None else Races(racing.rungs, racing.error)
         self._notes = {event.data["note"] for event in run.events(kind="optimizer")}
         self._recorded: set[str] = set()
+        # What a callable does is not all in its file, so another run may have done something else.
+        self._alike = run.alike() if plan.tasks is not None else []
         self.stopping = False
 
     def run(self) -> bool:
@@ -353,9 +355,9 @@ class Search:
         return max(1.0, counts[0] / counts[1])
 
     def _repeat(self, number: int, documents: str) -> Outcome | None:
-        """Return the outcome of an equal recipe on the same documents, if the run has one."""
+        """Return the outcome of an equal recipe on the same documents, if this run or one alike has it."""
         digest = self._candidates[number].digest
-        found = self._run.find_outcome(digest, self._plan.fitness_digest, documents)
+        found = self._run.find_outcome(digest, self._plan.fitness_digest, documents, self._alike)
         return None if found is None else replace(found, candidate=number, cost={})
 
     def _record(self, outcome: Outcome, take: Callable[[Outcome], None]) -> None:

@@ -241,7 +241,8 @@ def test_a_bare_path_names_its_source(path, name):
         (
             "workers.tensor_parallel",
             2,
-            "workers.tensor_parallel: needs engine: vllm; transformers holds a model on one device",
+            "workers.tensor_parallel: needs engine: vllm; with transformers, gpus: 2 "
+            "spreads the model by layer",
         ),
         ("workers", {"engine": "vllm", "device": "cpu"}, "workers.device: engine vllm needs a GPU; got cpu"),
         (

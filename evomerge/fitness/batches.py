@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,11 +25,13 @@ class Limits:
         tokens: Most tokens with padding.
         logits: Most positions that need logits.
         looks: Most pairs of a query and a key in a mask of our own.
+        stage: What one more pass costs, in tokens.
     """
 
     tokens: int
     logits: int
     looks: int
+    stage: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,22 +157,27 @@ class _Filled:
             self.add_stage(longer, level)
 
     def _parts(self, bundles: Sequence[Bundle], before: int) -> Iterator[Sequence[Bundle]]:
-        """Yield runs of bundles, widest first, that go into one pass."""
-        begin = 0
-        while begin < len(bundles):
+        """Yield runs of bundles, widest first, that go into one pass: those that cost least.
+
+        A run costs its tokens with padding, and what a pass costs.
+        """
+        count = len(bundles)
+        logits = np.cumsum([0, *(self._logits(bundle, before) for bundle in bundles)])
+        costs, ends = np.zeros(count + 1), np.zeros(count, dtype=np.int64)
+        for begin in range(count - 1, -1, -1):
             width = len(bundles[begin].tokens)
             looks = width * (before + width) if before or bundles[begin].branches else 0
-            end, logits = begin, 0
-            while end < len(bundles):
-                logits += self._logits(bundles[end], before)
-                count = end + 1 - begin
-                most = self._limits
-                full = count * width > most.tokens or count * looks > most.looks or logits > most.logits
-                if full and end > begin:
-                    break
-                end += 1
-            yield bundles[begin:end]
-            begin = end
+            most = min(self._limits.tokens // width, self._limits.looks // looks if looks else count)
+            last = int(np.searchsorted(logits, logits[begin] + self._limits.logits, side="right")) - 1
+            last = max(begin + 1, min(begin + most, last, count))
+            sizes = np.arange(1, last - begin + 1)
+            found = self._limits.stage + width * sizes + costs[begin + 1 : last + 1]
+            best = int(found.argmin())
+            costs[begin], ends[begin] = found[best], begin + 1 + best
+        begin = 0
+        while begin < count:
+            yield bundles[begin : ends[begin]]
+            begin = int(ends[begin])
 
     def _logits(self, bundle: Bundle, before: int) -> int:
         """Return at most how many positions of a bundle need logits."""

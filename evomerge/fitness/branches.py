@@ -154,7 +154,7 @@ def head_on(model: Any, places: Tensor) -> Iterator[None]:
     """
 
     def chosen(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].flatten(0, -2)[places][None], *args[1:])
+        return (args[0].flatten(0, -2)[places.to(args[0].device)][None], *args[1:])
 
     hook = model.get_output_embeddings().register_forward_pre_hook(chosen)
     try:

@@ -46,6 +46,11 @@ class ScoringEngine(ABC):
         """Return how many tokens the tokenizer makes of a text."""
         return len(self.lm.tokenizer.encode(text, add_special_tokens=False))
 
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers of the present model."""
+        return int(self.lm.model.config.get_text_config().num_hidden_layers)
+
     def reset_counts(self) -> None:
         """Start counting anew."""
         self.counts = dict.fromkeys(

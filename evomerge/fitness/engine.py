@@ -10,7 +10,6 @@ through lm-eval's own `HFLM.generate_until`.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -36,9 +35,11 @@ STOCK_BATCH = 16
 """Rows at once where lm-eval's own generation is used."""
 SAMPLING_SEED = 1234
 """lm-eval's default, for tasks that sample answers."""
-STAGE_TOKENS = {"cpu": 64.0}
-"""What one more pass costs, in tokens, by type of device."""
-STAGE_TOKENS_ELSEWHERE = 1024.0
+CPU_STAGE_TOKENS = 64.0
+"""What one more pass costs on a CPU, in tokens."""
+LAYER_WEIGHTS = 3e10
+"""Products with weights that a GPU does in the time in which one layer's kernels are started, 0.15 ms."""
+FEWEST_STAGE_TOKENS, MOST_STAGE_TOKENS = 256.0, 8192.0
 
 T = TypeVar("T")
 
@@ -81,6 +82,7 @@ class Engine(ScoringEngine):
             tokens=self._pass_tokens,
             logits=MAX_LOGITS_BYTES // (4 * int(config.vocab_size)),
             looks=MAX_MASK_BYTES // 4,
+            stage=self._costs().stage,
         )
         return Planner(None if self.not_shared else self._costs(), limits).plan(requests)
 
@@ -94,7 +96,9 @@ class Engine(ScoringEngine):
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
         values = head * (getattr(config, "num_key_value_heads", None) or heads)
         weights = config.hidden_size * (2 * head * heads + 2 * values + 3 * _inner(config))
-        stage = STAGE_TOKENS.get(self._model.device.type, STAGE_TOKENS_ELSEWHERE)
+        stage = CPU_STAGE_TOKENS
+        if self._model.device.type != "cpu":
+            stage = min(MOST_STAGE_TOKENS, max(FEWEST_STAGE_TOKENS, LAYER_WEIGHTS / weights))
         return Costs(stage, 2 * head * heads / weights, self._pass_tokens)
 
     def loglikelihoods(self, plan: Plan) -> list[tuple[float, bool]]:
@@ -210,7 +214,7 @@ class Engine(ScoringEngine):
         # With padding between the shared beginning and the rest, a window would be counted over the padding.
         if self.not_shared or (window is not None and longest > window):
             return None
-        return STAGE_TOKENS.get(self._model.device.type, STAGE_TOKENS_ELSEWHERE)
+        return self._costs().stage
 
     def _trunk(self, batch: Prompts) -> Trunk:
         trunk = Trunk.empty()
@@ -268,14 +272,20 @@ def _summed(
         CandidateError: A sum is not finite.
     """
     order = torch.argsort(scored[0] * (int(scored[1].max()) + 1) + scored[1])
-    lengths = [len(request.targets) for request in requests]
-    # Summed in float32 and rounded once, as torch sums a slice of half-precision numbers.
-    sums = [float(part.sum().to(dtype)) for part in torch.split(found[order], lengths)]
-    whole = [bool(part.all()) for part in torch.split(hits[order], lengths)]
-    for total in sums:
-        if not math.isfinite(total):
-            raise CandidateError(f"the model gives a log-likelihood of {total}")
-    return list(zip(sums, whole, strict=True))
+    found, hits = found[order], hits[order] > 0
+    lengths = torch.tensor([len(request.targets) for request in requests])
+    starts = lengths.cumsum(0) - lengths
+    sums, whole = torch.empty(len(requests), dtype=dtype), torch.empty(len(requests), dtype=torch.bool)
+    for length in sorted({len(request.targets) for request in requests}):
+        own = (lengths == length).nonzero()[:, 0]
+        places = starts[own, None] + torch.arange(length)
+        # Summed in float32 and rounded once, as torch sums a slice of half-precision numbers.
+        sums[own] = found[places].sum(dim=1).to(dtype)
+        whole[own] = hits[places].all(dim=1)
+    bad = sums[~sums.isfinite()]
+    if len(bad):
+        raise CandidateError(f"the model gives a log-likelihood of {float(bad[0])}")
+    return list(zip(sums.tolist(), whole.tolist(), strict=True))
 
 
 def _out_of_memory(problem: RuntimeError) -> bool:
@@ -291,7 +301,8 @@ def _tokens_that_fit(model: Any) -> int:
     """Return how many tokens of one pass take about a third of the free memory, a power of two."""
     if model.device.type != "cuda":
         return 8192
-    free, _ = torch.cuda.mem_get_info(model.device)
+    devices = {parameter.device for parameter in model.parameters()}
+    free = min(torch.cuda.mem_get_info(device)[0] for device in devices if device.type == "cuda")
     config = model.config.get_text_config()
     # Of one layer at a time: input, normed input, queries, keys, values, output, and the inner part.
     per_token = model.dtype.itemsize * (8 * config.hidden_size + 3 * _inner(config))

@@ -132,7 +132,7 @@ class Decoding:
                 return written
             left = [i for i, row in enumerate(present) if row not in stopped]
             if len(left) <= LEAVES * len(present) and hasattr(cache, "batch_select_indices"):
-                chosen = torch.tensor(left, device=device)
+                chosen = torch.tensor(left)  # on the CPU: layers may lie on several devices
                 cache.batch_select_indices(chosen)
                 ids, mask, present = ids[chosen], mask[chosen], [present[i] for i in left]
             start, end = end, end + 1

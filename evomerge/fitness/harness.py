@@ -7,6 +7,7 @@ metrics and aggregation are lm-eval's own; only the forward passes are ours.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,9 @@ from evomerge.fitness.engine import Engine
 from evomerge.fitness.greedy import is_plain_greedy
 from evomerge.fitness.measures import (
     GOLD_LOGLIKELIHOOD,
+    LAYERS,
     OUTPUT_TOKENS,
+    SECONDS,
     gold_instances,
     gold_text,
     per_byte,
@@ -112,6 +115,7 @@ class Harness:
         self.engine = engine
         self._splits: dict[tuple[str, str], dict[int, _Prepared]] = {}
         self._work: dict[tuple[DocumentSet, int], _Work] = {}
+        self._seconds = 0.0
 
     @classmethod
     def of_model(cls, tasks: TaskSet, model: Any, tokenizer: Any) -> Harness:
@@ -162,7 +166,9 @@ class Harness:
 
     def _scored(self, work: _Work) -> dict[str, tuple[Value, ...]]:
         """Return the values of a set's documents under the present model."""
+        began = time.perf_counter()
         self._answer(work)
+        self._seconds = (time.perf_counter() - began) / sum(map(len, work.items.values()))
         values: dict[str, tuple[Value, ...]] = {}
         with lm_eval_quiet():
             for name, loaded in self._tasks.tasks.items():
@@ -303,6 +309,10 @@ class Harness:
                 values[key] = tuple(_gold(loaded.task, item) for item in items)
             elif rule.metric == OUTPUT_TOKENS:
                 values[key] = tuple(self._output_tokens(item) for item in items)
+            elif rule.metric == LAYERS:
+                values[key] = (float(self.engine.layers),) * len(items)
+            elif rule.metric == SECONDS:
+                values[key] = (self._seconds,) * len(items)
             else:
                 values[key] = _metric_values(loaded, items)
         return values

@@ -13,7 +13,15 @@ GOLD_LOGLIKELIHOOD = "gold_loglikelihood"
 OUTPUT_TOKENS = "output_tokens"
 """Length of the answer that is generated, in tokens; lower is better."""
 
-MEASURES = {GOLD_LOGLIKELIHOOD: True, OUTPUT_TOKENS: False}
+LAYERS = "layers"
+"""Decoder layers of the model; its time and key-value cache are proportional to them. Lower is better."""
+
+SECONDS = "seconds"
+"""Time in which the requests of the document set are answered, divided by its documents; lower is better.
+
+It varies from one evaluation to the next, so equal recipes score differently."""
+
+MEASURES = {GOLD_LOGLIKELIHOOD: True, OUTPUT_TOKENS: False, LAYERS: False, SECONDS: False}
 """Name to whether higher is better."""
 
 

@@ -39,7 +39,8 @@ class TaskSettings(StrictModel):
         name: As lm-eval knows it.
         weight: Its share in the score.
         metric: The metric to search for, such as `acc_norm`; None: the task's first. Besides the task's own:
-            `gold_loglikelihood` (of the right answer, per byte) and `output_tokens` (length of the answers).
+            `gold_loglikelihood` (of the right answer, per byte), `output_tokens` (length of the answers),
+            `layers` (of the model) and `seconds` (per document; equal recipes then score differently).
         also: Such a measure to its weight in the score beside the metric; a tiny weight breaks ties.
         filter: The filter whose answers are scored; None: the task's first.
         num_fewshot: Examples in the prompt; None: as the task says.

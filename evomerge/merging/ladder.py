@@ -39,11 +39,10 @@ class Ladder:
 
     def cut(self, rank: int) -> Cut:
         """Return the cut that the entries up to the rung nearest to a rank lie above, and no other."""
-        rung = rung_of(rank, self.count)
-        if not 0 < rung < self.count:
-            return _end(rung)
-        place = int(np.searchsorted(ranks_of(self.count), rung)) - 1
-        return Cut(int(self.bits[place]), int(self.fractions[place]) + 1)
+        place = _place_of(rank, self.count)
+        if place in (0, len(self.bits)):
+            return _end(place)
+        return Cut(int(self.bits.numpy()[place - 1]), int(self.fractions.numpy()[place - 1]) + 1)
 
 
 @functools.lru_cache(maxsize=256)
@@ -57,12 +56,17 @@ def ranks_of(count: int) -> npt.NDArray[np.int64]:
 
 def rung_of(rank: int, count: int) -> int:
     """Return the rank in the table that is nearest to a rank."""
-    if rank <= 0 or rank >= count:
-        return 0 if rank <= 0 else count
+    return int(ranks_of(count)[_place_of(rank, count)])
+
+
+def _place_of(rank: int, count: int) -> int:
+    """Return the index in the table of the rank that is nearest to a rank."""
     ranks = ranks_of(count)
-    right = int(np.searchsorted(ranks, rank))
+    if rank <= 0 or rank >= count:
+        return 0 if rank <= 0 else len(ranks) - 1
+    right = int(ranks.searchsorted(rank))
     left = max(0, right - 1)
-    return int(ranks[right] if ranks[right] - rank <= rank - ranks[left] else ranks[left])
+    return right if ranks[right] - rank <= rank - ranks[left] else left
 
 
 def _end(rank: int) -> Cut:
@@ -83,15 +87,18 @@ def cut_at(base: Tensor, tensor: Tensor, rank: int) -> Cut:
 
 def ladder_of(base: Tensor, tensor: Tensor) -> Ladder:
     """Return the ladder of a source's delta; memory: 8 bytes per entry while it is made."""
+    count = tensor.numel()
+    places = ranks_of(count)[1:] - 1
     if memory.takes(base, tensor):
         order = magnitude_order(base, tensor)
         order.sort()
+        rungs = order[places]
     else:
-        order = torched.magnitude_order(base, tensor).sort().values.cpu().numpy().view(np.uint64)
-    rungs = order[ranks_of(order.size)[1:] - 1]
+        sorted_order = torched.magnitude_order(base, tensor).sort().values
+        rungs = sorted_order[torch.from_numpy(places).to(tensor.device)].cpu().numpy().view(np.uint64)
     bits = (ABOVE_ALL - (rungs >> np.uint64(32))).astype(np.int32)
     fractions = (rungs & np.uint64(2**32 - 1)).astype(np.int64)
-    return Ladder(order.size, torch.from_numpy(bits), torch.from_numpy(fractions))
+    return Ladder(count, torch.from_numpy(bits), torch.from_numpy(fractions))
 
 
 def common_cut(ladders: Sequence[Ladder], rank: int) -> Cut:

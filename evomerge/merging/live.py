@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from evomerge.merging.dataflow import assemble
 from evomerge.merging.merger import DTYPES, Merger
 from evomerge.merging.nested import MergedCheckpoint
 from evomerge.merging.outline import outlined_config
+from evomerge.merging.spreading import Spread, run_where_weights_are
 from evomerge.recipe import LayerPath, Recipe, RecipeSource, Slice, parse_recipe
 
 
@@ -38,7 +39,7 @@ class LiveModel:
         checkpoints: Each checkpoint under its source's identity.
         reference: The checkpoint that gives config, tensor names and order.
         tokenizer: The checkpoint that gives the tokenizer.
-        device: Where the model lives.
+        device: Where the model lives; several share its layers in equal parts.
         dtype: The dtype the model runs in; None: the dtype that transformers picks for the exported model.
         budget_bytes: Most memory for resident sources and prepared state; None: no limit.
     """
@@ -49,14 +50,14 @@ class LiveModel:
         reference: Checkpoint,
         tokenizer: Checkpoint,
         *,
-        device: str = "cpu",
+        device: str | Sequence[str] = "cpu",
         dtype: str | None = None,
         budget_bytes: int | None = None,
     ) -> None:
-        self.device = torch.device(device)
+        self._spread = Spread([device] if isinstance(device, str) else device)
         self._dtype = DTYPES[dtype] if dtype else None
         self._layout = layout_of(reference)
-        self._merger = Merger(checkpoints, self._layout, device=self.device, budget_bytes=budget_bytes)
+        self._merger = Merger(checkpoints, self._layout, device=self._spread, budget_bytes=budget_bytes)
         with quiet():
             if isinstance(reference, MergedCheckpoint):  # its layers need not be those of the files
                 self._config = AutoConfig.for_model(**reference.config)
@@ -101,6 +102,8 @@ class LiveModel:
                 )
         flow = flow_of(models[path.end].config.to_dict())
         self.model = assemble(models, path, flow, self._layout.layers)
+        if len(self._spread.devices) > 1:
+            run_where_weights_are(self.model, self._layout.layers)
 
     def _resident(self, source: RecipeSource, dtype: torch.dtype) -> Any:
         """Return the model of a source; that of a recipe takes the place of an earlier one of its name."""
@@ -120,7 +123,7 @@ class LiveModel:
                 checkpoints,
                 reference,
                 self._tokenized,
-                device=str(self.device),
+                device=[str(device) for device in self._spread.devices],
                 dtype=name,
                 budget_bytes=self._budget,
             )
@@ -155,7 +158,8 @@ class LiveModel:
         if info["missing_keys"]:
             missing = min(info["missing_keys"])
             raise SourceError(f"{self._reference.path}: lacks tensor {missing}, which its config calls for")
-        model.to(self.device).eval().requires_grad_(False)
+        model.eval().requires_grad_(False)
+        self._spread.settle(model, self._layout.layers, self._layout.places)
         if (self._reference.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(self._reference.path)
         self._targets, self._built, self.model = _targets(model, state), (dtype, recipe.slices), model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -30,7 +31,7 @@ def weighted_sum(tensors: Sequence[Tensor], factors: Sequence[float], out: Tenso
         out.view(-1).copy_(used[0][0].view(-1))
     else:
         terms, numbers = [tensor for tensor, _ in used], [factor for _, factor in used]
-        module = affine if memory.takes(out, *terms) else torched
+        module = affine if memory.takes(out, *terms) else _fused_or_torched(out, *terms)
         module.weighted_sum(terms, numbers, out)
 
 
@@ -64,7 +65,9 @@ def merge_thinned(
     out: Tensor,
 ) -> None:
     """Write the base plus `scale` times the merged delta to `out`; see `compiled.thinned.merge_thinned`."""
-    _module(out, base, *tensors).merge_thinned(base, tensors, keeps, weights, election, scale, out)
+    given = (out, base, *tensors)
+    module = thinned if memory.takes(*given) else _fused_or_torched(*given)
+    module.merge_thinned(base, tensors, keeps, weights, election, scale, out)
 
 
 def kept_norm(base: Tensor, tensor: Tensor, keep: Keep, power: int) -> float:
@@ -81,3 +84,18 @@ def elected_signs(base: Tensor, tensors: Sequence[Tensor], keeps: Sequence[Keep]
 
 def _module(*tensors: Tensor) -> ModuleType:
     return thinned if memory.takes(*tensors) else torched
+
+
+def _fused_or_torched(*tensors: Tensor) -> ModuleType:
+    fused = _fused() if tensors[0].device.type == "cuda" else None
+    return fused if fused is not None and fused.takes(*tensors) else torched
+
+
+@functools.cache
+def _fused() -> ModuleType | None:
+    """Return the Triton kernels; None where there is no Triton."""
+    try:
+        from evomerge.merging import fused
+    except ImportError:
+        return None
+    return fused

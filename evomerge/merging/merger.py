@@ -8,9 +8,9 @@ again for every candidate, with the same result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from evomerge.errors import RecipeError
 from evomerge.merging.folding import folded
 from evomerge.merging.methods import KERNELS, Kernel, Sources, Values
 from evomerge.merging.outline import Output, outline
+from evomerge.merging.spreading import Spread
 from evomerge.recipe import Recipe, Setting, SourceRef, value_at
 from evomerge.records import Place
 from evomerge.segments import Piece, Stretch, pieces, stretches
@@ -36,7 +37,7 @@ class Merger:
     Args:
         checkpoints: Each checkpoint under its source's identity (`SourceRef.identity`).
         layout: The layout they share; its order is the order of work.
-        device: Where tensors are merged.
+        device: Where tensors are merged; a `Spread` says it by layer.
         budget_bytes: Most memory for resident tensors and prepared state; None: no limit. Tensors mapped
             from files into a CPU's memory cost nothing, as the page cache can drop them.
     """
@@ -46,11 +47,11 @@ class Merger:
         checkpoints: Mapping[str, Checkpoint],
         layout: Layout,
         *,
-        device: torch.device | str = "cpu",
+        device: Spread | torch.device | str = "cpu",
         budget_bytes: int | None = None,
     ) -> None:
         self._checkpoints = checkpoints
-        self._device = torch.device(device)
+        self._spread = device if isinstance(device, Spread) else Spread([device])
         self._left = float("inf") if budget_bytes is None else float(budget_bytes)
         self._keeps = budget_bytes != 0
         self._unfit: set[tuple[Any, ...]] = set()
@@ -58,6 +59,7 @@ class Merger:
         self._outlined: tuple[Recipe, dict[str, Output]] | None = None
         self._whole: tuple[str, Any] | None = None
         self._stretched: tuple[Any, dict[str, Stretch], tuple[int, ...]] | None = None
+        self._parameters: tuple[Recipe, _Parameters, tuple[_Parameters, ...]] | None = None
         self.layout = layout
 
     @property
@@ -89,7 +91,7 @@ class Merger:
         Args:
             recipe: Its sources must be among the checkpoints.
             name: The tensor's name in the merged model.
-            out: Written to if given: the tensor's shape, contiguous, on the merger's device. If its dtype
+            out: Written to if given: the tensor's shape, contiguous, on its device. If its dtype
                 is not the recipe's, the result is rounded to the recipe's dtype first.
 
         Returns:
@@ -102,7 +104,7 @@ class Merger:
         if out is not None and out.dtype == dtype:
             result = out
         else:
-            result = torch.empty(first.shape, dtype=dtype, device=self._device)
+            result = torch.empty(first.shape, dtype=dtype, device=first.device)
         if not first.is_floating_point():
             result.copy_(first)
         elif recipe.path is not None:
@@ -146,25 +148,29 @@ class Merger:
         if self._whole is None or self._whole[0] != recipe.digest:
             self._whole = None
             floating = [
-                _Work(self, recipe, output)
+                output
                 for name, output in self.outputs(recipe).items()
                 if self.dtype_of(recipe, name).is_floating_point
             ]
-            self._whole = (recipe.digest, kernel.whole(floating))
+            self._whole = (recipe.digest, kernel.whole(_Works(self, recipe, floating)))
         return self._whole[1]
 
     def inputs_of(self, recipe: Recipe, output: Output) -> list[tuple[SourceRef, str]]:
         """Return what takes part in a tensor, the base first, and the tensor's name there."""
         return [(ref, output.inputs[ref.name]) for ref in recipe.refs if ref.name in output.inputs]
 
-    def tensor(self, ref: SourceRef, name: str) -> Tensor:
-        """Return a tensor of a source on the merger's device; what had to be computed or moved is kept."""
+    def device_of(self, recipe: Recipe, place: Place) -> torch.device:
+        """Return the device on which a tensor is merged."""
+        return self._spread.device_of(place, self.layers(recipe))
+
+    def tensor(self, ref: SourceRef, name: str, device: torch.device) -> Tensor:
+        """Return a tensor of a source on a device; what had to be computed or moved is kept."""
         checkpoint = self._checkpoint(ref)
-        if self._device.type == "cpu" and checkpoint.is_stored(name):
+        if device.type == "cpu" and checkpoint.is_stored(name):
             return checkpoint.tensor(name).contiguous()
         kept: Tensor = self.keep(
-            ("source", ref.identity, name),
-            lambda: checkpoint.tensor(name).to(self._device).contiguous(),
+            ("source", ref.identity, name, device),
+            lambda: checkpoint.tensor(name).to(device).contiguous(),
         )
         return kept
 
@@ -189,6 +195,13 @@ class Merger:
         """Return whether what is made under a key may serve another candidate, as far as is known."""
         return self._keeps and key not in self._unfit
 
+    def parameters_of(self, recipe: Recipe) -> tuple[_Parameters, tuple[_Parameters, ...]]:
+        """Return the method's parameters and each source's, ready to be read for many tensors."""
+        if self._parameters is None or self._parameters[0] is not recipe:
+            sources = tuple(_Parameters(source.parameters) for source in recipe.sources)
+            self._parameters = recipe, _Parameters(recipe.parameters), sources
+        return self._parameters[1:]
+
     def _checkpoint(self, ref: SourceRef) -> Checkpoint:
         try:
             return self._checkpoints[ref.identity]
@@ -203,6 +216,27 @@ def _same_outline(one: Recipe, other: Recipe) -> bool:
     return same and [r.name for r in one.refs] == [r.name for r in other.refs]
 
 
+class _Parameters:
+    """Settings whose rules are looked at for the tensors that they distinguish only."""
+
+    __slots__ = ("_constant", "_varying")
+
+    def __init__(self, settings: Mapping[str, Setting]) -> None:
+        self._constant: dict[str, Any] = {}
+        self._varying: dict[str, Setting] = {}
+        for name, setting in settings.items():
+            first = setting[0]
+            if first.general and not isinstance(first.value, tuple):
+                self._constant[name] = first.value
+            else:
+                self._varying[name] = setting
+
+    def at(self, place: Place) -> dict[str, Any]:
+        """Return what holds for one tensor."""
+        varying = {name: value_at(setting, place) for name, setting in self._varying.items()}
+        return {**self._constant, **varying}
+
+
 class _Work:
     """One tensor of one candidate; reads and prepares when asked to."""
 
@@ -211,17 +245,24 @@ class _Work:
     def __init__(self, merger: Merger, recipe: Recipe, output: Output) -> None:
         self.merger, self.recipe, self.output = merger, recipe, output
         self.inputs = merger.inputs_of(recipe, output)
-        self.merged = [source for source in recipe.sources if source.name in output.inputs]
+        method, sources = merger.parameters_of(recipe)
+        merged = [
+            (source, parameters)
+            for source, parameters in zip(recipe.sources, sources, strict=True)
+            if source.name in output.inputs
+        ]
+        self.merged = [source for source, _ in merged]
         self.values = Values(
-            method=_scaled_by_depth(_at(recipe.parameters, output.place), output.place),
-            sources=tuple(_at(source.parameters, output.place) for source in self.merged),
+            method=_scaled_by_depth(method.at(output.place), output.place),
+            sources=tuple(parameters.at(output.place) for _, parameters in merged),
             seed=recipe.seed,
             pieces=merger.pieces_of(recipe, output.place.name),
         )
 
     def sources(self) -> Sources:
         names = self.output.inputs
-        tensors = [self.merger.tensor(ref, name) for ref, name in self.inputs]
+        device = self.merger.device_of(self.recipe, self.output.place)
+        tensors = [self.merger.tensor(ref, name, device) for ref, name in self.inputs]
         return Sources(
             base=tensors[0] if self.recipe.base else None,
             tensors=tuple(tensors[-len(self.merged) :]),
@@ -247,6 +288,25 @@ class _Work:
         return self.merger.keep(key, lambda: kernel.prepare(self.sources(), self.values), state)
 
 
+class _Works(Sequence[_Work]):
+    """The work on several tensors, each begun when it is asked for."""
+
+    def __init__(self, merger: Merger, recipe: Recipe, outputs: Sequence[Output]) -> None:
+        self._merger, self._recipe, self._outputs = merger, recipe, outputs
+
+    def __len__(self) -> int:
+        return len(self._outputs)
+
+    @overload
+    def __getitem__(self, index: int) -> _Work: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[_Work]: ...
+    def __getitem__(self, index: int | slice) -> _Work | list[_Work]:
+        if isinstance(index, slice):
+            return [_Work(self._merger, self._recipe, output) for output in self._outputs[index]]
+        return _Work(self._merger, self._recipe, self._outputs[index])
+
+
 def _scaled_by_depth(method: dict[str, Any], place: Place) -> dict[str, Any]:
     """Return the method's parameters with the factor of LiNeS in `lambda` (arXiv 2410.17146, section 4)."""
     alpha, beta = method.get("lines_alpha", 1.0), method.get("lines_beta", 0.0)
@@ -254,10 +314,6 @@ def _scaled_by_depth(method: dict[str, Any], place: Place) -> dict[str, Any]:
         factor = alpha if place.layer is None else alpha + beta * place.depth
         method["lambda"] *= factor
     return method
-
-
-def _at(settings: Mapping[str, Setting], place: Place) -> dict[str, Any]:
-    return {name: value_at(setting, place) for name, setting in settings.items()}
 
 
 def _nbytes(made: Any) -> int:

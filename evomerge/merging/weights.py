@@ -82,5 +82,6 @@ class MergedWeights:
                 return merger.merge(self.recipe, name)
             except EvomergeError as problem:
                 self.problem = problem
-        stored = merger.tensor(*merger.inputs_of(self.recipe, merger.outputs(self.recipe)[name])[0])
+        ref, own = merger.inputs_of(self.recipe, merger.outputs(self.recipe)[name])[0]
+        stored = merger.tensor(ref, own, torch.device("cpu"))
         return torch.full_like(stored, torch.nan) if stored.is_floating_point() else stored

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -180,27 +180,41 @@ class RunView:
         )
         return next((self._outcome(row) for row in self._rows(query)), None)
 
-    def find_outcome(self, digest: str, fitness_digest: str, documents: str) -> Outcome | None:
+    def find_outcome(
+        self, digest: str, fitness_digest: str, documents: str, also: Sequence[int] = ()
+    ) -> Outcome | None:
         """Return the first `ok` outcome of an equal recipe on the same documents, so repeats are free.
 
         Args:
             digest: The recipe's digest.
             fitness_digest: Digest of how it was scored.
             documents: Key of the document set.
+            also: Other runs to look at, see `alike`; the run's own outcomes come first.
         """
         query = (
             _outcomes(
-                CANDIDATES.c.run_id == self.id,
+                CANDIDATES.c.run_id.in_([self.id, *also]),
                 CANDIDATES.c.digest == digest,
                 OUTCOMES.c.documents == documents,
                 OUTCOMES.c.fitness == fitness_digest,
                 OUTCOMES.c.status == "ok",
             )
             .join_from(CANDIDATES, OUTCOMES, _SAME_CANDIDATE)
-            .order_by(CANDIDATES.c.number)
+            .order_by(CANDIDATES.c.run_id != self.id, CANDIDATES.c.run_id, CANDIDATES.c.number)
             .limit(1)
         )
         return next((self._outcome(row) for row in self._rows(query)), None)
+
+    def alike(self) -> list[int]:
+        """Return other runs of the store that score as this one: same tasks, libraries and workers."""
+        rows = self._rows(select(RUNS.c.id, RUNS.c.config, RUNS.c.facts).where(RUNS.c.id != self.id))
+        own = _scoring(self.config, self.facts)
+        found = []
+        for row in rows:
+            what = f"run {row.id}"
+            if _scoring(unpack(row.config, what), unpack(row.facts, what)) == own:
+                found.append(int(row.id))
+        return found
 
     def log(self, after: Snapshot | None = None) -> Log:
         """Return what to replay on top of a snapshot, as of one moment.
@@ -351,3 +365,13 @@ def snapshot_digest(asked: int, told: int, state: bytes) -> str:
 def _outcomes(*where: ColumnElement[bool], values: bool = True) -> Select[Any]:
     columns = [OUTCOMES.c.record, OUTCOMES.c.document_values] if values else [OUTCOMES.c.record]
     return select(*columns).where(*where)
+
+
+def _scoring(config: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a score depends on down to its last digit, besides the model."""
+    workers = config.get("workers", {})
+    return (
+        facts.get("fitness"),
+        facts.get("versions"),
+        *(workers.get(key) for key in ("engine", "device", "dtype", "threads", "gpus", "tensor_parallel")),
+    )

@@ -44,16 +44,13 @@ class TransformersResident(Resident):
     """
 
     def __init__(self, spec: WorkerSpec, opened: Mapping[str, Checkpoint]) -> None:
-        device = spec.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         self._fitness = spec.fitness
         self._engine: Engine | None = None
         self._live = LiveModel(
             {ref.identity: opened[ref.name] for ref in spec.sources},
             opened[spec.reference],
             opened[spec.tokenizer],
-            device=device,
+            device=_devices(spec),
             dtype=spec.dtype,
             budget_bytes=_budget(spec),
         )
@@ -144,6 +141,26 @@ class VllmResident(Resident):
     def engine(self) -> ScoringEngine:
         """Return what scores the present weights."""
         return self._engine
+
+
+def _devices(spec: WorkerSpec) -> str | list[str]:
+    """Return where the model of transformers goes.
+
+    Raises:
+        EngineError: The process sees fewer GPUs than the model is to be on.
+    """
+    if spec.device == "cpu" or (spec.device == "auto" and not torch.cuda.is_available()):
+        device = "cpu"
+    else:
+        device = "cuda"
+    if spec.gpus == 1:
+        return device
+    if spec.gpus > torch.cuda.device_count():
+        raise EngineError(
+            f"workers.gpus: {spec.gpus} GPUs are to hold the model, but the worker sees "
+            f"{torch.cuda.device_count()}"
+        )
+    return [f"cuda:{number}" for number in range(spec.gpus)]
 
 
 def _written_dtype(config: Mapping[str, Any]) -> str | None:

@@ -36,7 +36,8 @@ class WorkerSettings(StrictModel):
             `pip install 'evomerge[vllm]'`.
         tensor_parallel: GPUs that `vllm` spreads each worker's model over.
         gpus: GPUs of each worker, may be a fraction; None: `tensor_parallel` where the cluster has any,
-            else 0. With `vllm` a fraction is also the share of the GPU's memory: 0.5 puts two on a GPU.
+            else 0. With `transformers` several hold one model, an equal part of its layers each. With
+            `vllm` a fraction is also the share of the GPU's memory: 0.5 puts two on a GPU.
         resources: Custom Ray resources of each worker.
         threads: Threads of each worker's arithmetic; None: its CPUs. Scores can differ in the last digit
             between thread counts.
@@ -71,8 +72,13 @@ class WorkerSettings(StrictModel):
         if self.engine != "vllm":
             if parallel > 1:
                 raise ValueError(
-                    "tensor_parallel: needs engine: vllm; transformers holds a model on one device"
+                    "tensor_parallel: needs engine: vllm; with transformers, "
+                    f"gpus: {parallel} spreads the model by layer"
                 )
+            if gpus is not None and gpus > 1 and gpus != int(gpus):
+                raise ValueError(f"gpus: expected a fraction up to 1, or whole GPUs, got {gpus:g}")
+            if gpus is not None and gpus > 1 and self.device == "cpu":
+                raise ValueError(f"gpus: {gpus:g} GPUs hold no model with device: cpu")
             return self
         if self.device == "cpu":
             raise ValueError("device: engine vllm needs a GPU; got cpu")
@@ -85,6 +91,11 @@ class WorkerSettings(StrictModel):
     def gpu_share(self) -> float:
         """Part of each of its GPUs that is a worker's own."""
         return min(1.0, self.gpus or 1.0)
+
+    @property
+    def whole_gpus(self) -> int:
+        """Number of GPUs that a worker's model is on, at least 1."""
+        return max(1, int(self.gpus or 1.0))
 
 
 class WorkerSpec(StrictModel):
@@ -104,6 +115,7 @@ class WorkerSpec(StrictModel):
         engine: As in `WorkerSettings`.
         tensor_parallel: As in `WorkerSettings`.
         gpu_share: Part of each of its GPUs that is the worker's own.
+        gpus: GPUs that hold the model of transformers.
     """
 
     sources: tuple[SourceRef, ...]
@@ -119,3 +131,4 @@ class WorkerSpec(StrictModel):
     engine: EngineName = "transformers"
     tensor_parallel: int = 1
     gpu_share: float = 1.0
+    gpus: int = 1

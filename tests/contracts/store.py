@@ -237,6 +237,27 @@ class StoreContract:
         assert run.find_outcome("same", "f", "select") is None
         assert run.find_outcome("other", "f", "search") is None
 
+    def test_a_repeat_is_found_in_other_runs_that_score_alike(self, store: Store, run: Run) -> None:
+        config, facts = {"workers": {"threads": 2}}, {"fitness": "f", "versions": {"torch": "2"}}
+        runs = [
+            store.create_run("alike", config, facts),
+            store.create_run("threads", {"workers": {"threads": 1}}, facts),
+            store.create_run("versions", config, {**facts, "versions": {"torch": "3"}}),
+            store.create_run("fitness", config, {**facts, "fitness": "g"}),
+        ]
+        for number, other in enumerate(runs):
+            other.add_candidates([(replace(make_candidate(k), digest=f"d{k}"), 0) for k in range(number + 1)])
+            other.add_outcome(make_outcome(number), "f")
+        last = store.create_run("last", {**config, "budget": 9}, facts)
+        assert last.alike() == [runs[0]._id]
+        assert last.find_outcome("d0", "f", "search") is None
+        assert last.find_outcome("d0", "f", "search", last.alike()) == make_outcome(0)
+        assert last.find_outcome("d0", "other", "search", last.alike()) is None
+        assert last.find_outcome("d1", "f", "search", last.alike()) is None
+        last.add_candidates([(replace(make_candidate(k), digest="d0"), 0) for k in range(8)])
+        last.add_outcome(make_outcome(7), "f")
+        assert last.find_outcome("d0", "f", "search", last.alike()) == make_outcome(7)
+
     def test_counts(self, run: Run) -> None:
         assert run.counts().candidates == 0
         assert (run.counts().best_candidate, run.counts().outcomes) == (None, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.cli import main
+from evomerge.store import Store
 from tests.e2e.world import TASKS, evomerge, make_world, write_config
 
 
@@ -125,3 +127,12 @@ def test_recipe_and_report_are_written(world: Path, call) -> None:
 
 def test_the_schema_is_json(call) -> None:
     assert json.loads(call("schema"))["title"] == "evomerge run config"
+
+
+def test_an_equal_run_of_the_same_store_scores_nothing_again(world: Path) -> None:
+    write_config(world, "again.yaml", name="again", fitness=TASKS)
+    done = evomerge(world, "run", "again.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    with Store.open(world / "runs" / "evomerge.db") as store:
+        known, repeated = (store.run(name).outcomes() for name in ("small", "again"))
+    assert [replace(outcome, cost={}) for outcome in known] == repeated

@@ -130,3 +130,15 @@ def test_what_a_task_has_no_measure_for_is_refused(task: Any, message: str, tmp_
 def test_settings_that_make_no_sense_are_refused(task: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FitnessSettings.model_validate({"tasks": [task]})
+
+
+def test_layers_and_seconds_lower_the_score(llama: tuple[Any, Any], tmp_path: Path) -> None:
+    tiny.write_choice(tmp_path, "choice")
+    alone = Harness.of_model(task_set(tmp_path, "choice"), *llama).evaluate(SEARCH)
+    also = {"layers": 0.01, "seconds": 0.5}
+    found = Harness.of_model(task_set(tmp_path, {"name": "choice", "also": also}), *llama).evaluate(SEARCH)
+    assert found.values["choice"] == alone.values["choice"]
+    assert found.values["choice:layers"] == (2.0,) * COUNTS["search"]
+    (seconds,) = set(found.values["choice:seconds"])
+    assert 0 < seconds < 60
+    assert found.score == pytest.approx((alone.score - 0.01 * 2 - 0.5 * seconds) / 1.51)

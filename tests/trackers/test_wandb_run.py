@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,17 @@ def records(file: Path) -> Iterator[Record]:
             yield record
 
 
+def ended(file: Path) -> list[Record]:
+    """Return all records; W&B's own process writes them a moment after the run has ended."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        found = list(records(file))
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        time.sleep(0.02)
+    raise TimeoutError(f"{file} has no end")
+
+
 class TestWandbRun(TrackerContract):
     where = "wandb:merging"
 
@@ -48,7 +60,7 @@ class TestWandbRun(TrackerContract):
         ids = set()
         for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
             ids.add(file.stem)
-            for record in records(file):
+            for record in ended(file):
                 if not record.history.item:
                     continue
                 items = {
