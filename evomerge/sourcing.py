@@ -59,5 +59,5 @@ def _winner(ref: SourceRef, store: Store | None) -> Recipe:
         raise ConfigError(
             f"source {ref.name}: run {name} has no winner yet; go on with it by `evomerge resume {name}`"
         )
-    stored = parse_recipe(dict(summary.candidates[summary.best].recipe), f"run {name}")
+    stored = parse_recipe(summary.recipe(summary.best), f"run {name}")
     return stored.located(Path(view.facts["base_dir"]))

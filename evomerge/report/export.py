@@ -46,7 +46,7 @@ def export_candidate(
         raise StoreError(f'run "{run.name}": no candidate has been scored yet, so there is nothing to export')
     if number not in summary.candidates:
         raise StoreError(f'run "{run.name}": there is no candidate {number}')
-    stored = parse_recipe(dict(summary.candidates[number].recipe), f"candidate {number}")
+    stored = parse_recipe(summary.recipe(number), f"candidate {number}")
     recipe = stored.located(Path(run.facts["base_dir"]))
     opened = open_sources(recipe)
     for ref in recipe.refs:

@@ -133,7 +133,7 @@ def _recipe(summary: Summary) -> Recipe | None:
     if summary.best is None:
         return None
     with contextlib.suppress(RecipeError):
-        return parse_recipe(dict(summary.candidates[summary.best].recipe), f"candidate {summary.best}")
+        return parse_recipe(summary.recipe(summary.best), f"candidate {summary.best}")
     return None
 
 

@@ -29,7 +29,7 @@ class Summary:
 
     Attributes:
         run: The run.
-        candidates: All candidates by number.
+        candidates: All candidates by number, without genome and recipe; `recipe` has these.
         outcomes: (candidate number, document set key) to outcome.
         search: Candidate number to search score.
         best: Number of the winner on select documents; of the best by search score while there is none;
@@ -44,7 +44,7 @@ class Summary:
         for key in ("select", "test"):
             self.outcomes.update({(o.candidate, key): o for o in run.outcomes(key)})
         # Read after the outcomes: a run that goes on may record a candidate and its outcome in between.
-        self.candidates = {candidate.number: candidate for candidate in run.candidates()}
+        self.candidates = {candidate.number: candidate for candidate in run.candidates(whole=False)}
         self.search = search_score(self.outcomes.values())
         ordered = list(self.candidates.values())
         self.baselines = kept_baselines(ordered, self.search)
@@ -79,6 +79,10 @@ class Summary:
                 values = [scored[n].values for n in numbers]
                 found[key] = numbers, Resampled(self.rules, values, level=LEVEL, seed=seed)
         return found
+
+    def recipe(self, number: int) -> dict[str, Any]:
+        """Return a candidate's recipe as plain data."""
+        return dict(self.run.candidate(number).recipe)
 
     def scores(self, number: int, key: str) -> dict[str, Any] | None:
         """Return a candidate's score on a document set with intervals where there are any; None if unscored.
@@ -236,7 +240,7 @@ class Summary:
             best = {
                 **self.row(candidate, "winner"),
                 "chosen_on": "select" if self.chosen else "search",
-                "recipe": dict(candidate.recipe),
+                "recipe": self.recipe(self.best),
                 "digest": candidate.digest,
             }
         found = [

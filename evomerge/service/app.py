@@ -26,6 +26,7 @@ from evomerge.service.parts import Parts
 from evomerge.service.ray_launcher import RayLauncher
 from evomerge.service.routes import configs, exports, results, runs
 from evomerge.service.settings import ServiceSettings
+from evomerge.service.shown import ShownRuns
 from evomerge.service.supervisor import Supervisor
 from evomerge.store import Store
 from evomerge.store.jobs import JobQueue
@@ -55,7 +56,7 @@ def make_parts(settings: ServiceSettings) -> Parts:
         launcher = RayLauncher(settings.ray_address, settings.ray_python)
     supervisor = Supervisor(settings, store, queue, launcher)
     hub = Hub(store, settings.most_watchers)
-    return Parts(settings, store, queue, supervisor, hub, Metrics(store, queue, hub))
+    return Parts(settings, store, queue, supervisor, hub, Metrics(store, queue, hub), ShownRuns(store))
 
 
 def make_app(parts: Parts) -> Guard:

@@ -25,6 +25,9 @@ LOOK_SECONDS = 0.5
 BEAT_SECONDS = 15.0
 SEND_SECONDS = 30.0
 PAGE = 500
+Entry = tuple[int, str]
+"""An event's id, and the event as it is sent."""
+
 KEPT = 1000
 
 
@@ -34,7 +37,7 @@ class Feed:
     def __init__(self, store: Store, name: str) -> None:
         self.name = name
         self.watchers = 0
-        self.recent: deque[Event] = deque(maxlen=KEPT)
+        self.recent: deque[Entry] = deque(maxlen=KEPT)
         self.head = 0
         self.state: dict[str, Any] = {}
         self.version = 0
@@ -70,7 +73,7 @@ class Feed:
         before = self.head
         while page := await self.page(self.head):
             self.recent.extend(page)
-            self.head = page[-1].id
+            self.head = page[-1][0]
         return self.head > before
 
     def tell(self) -> None:
@@ -83,21 +86,22 @@ class Feed:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._news.wait(), seconds)
 
-    async def after(self, place: int) -> list[Event]:
+    async def after(self, place: int) -> list[Entry]:
         """Return a page of the events behind a place of the log."""
         if place >= self.head:
             return []
-        if self.recent and self.recent[0].id <= place + 1:
-            return [event for event in self.recent if event.id > place][:PAGE]
-        return [event for event in await self.page(place) if event.id <= self.head]
+        if self.recent and self.recent[0][0] <= place + 1:
+            return list(self.recent)[place + 1 - self.recent[0][0] :][:PAGE]  # ids have no gaps
+        return [entry for entry in await self.page(place) if entry[0] <= self.head]
 
-    async def page(self, place: int) -> list[Event]:
+    async def page(self, place: int) -> list[Entry]:
         """Return a page of the store's events behind a place."""
         return await asyncio.to_thread(self._page, place)
 
-    def _page(self, place: int) -> list[Event]:
+    def _page(self, place: int) -> list[Entry]:
         view = self._store.find(self.name)
-        return [] if view is None else view.events(place, limit=PAGE)
+        events = [] if view is None else view.events(place, limit=PAGE)
+        return [(event.id, _event(event)) for event in events]
 
     def _last(self) -> int:
         view = self._store.find(self.name)
@@ -215,8 +219,8 @@ class EventStream(Response):
         while not self._hub.closing:
             events = await feed.after(place)
             if events:
-                place = events[-1].id
-                yield "".join(_event(event) for event in events)
+                place = events[-1][0]
+                yield "".join(text for _, text in events)
                 continue
             if version != feed.version:
                 version, state = feed.version, feed.state

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from evomerge.service.feed import Hub
 from evomerge.service.metrics import Metrics
 from evomerge.service.settings import ServiceSettings
+from evomerge.service.shown import ShownRuns
 from evomerge.service.supervisor import Supervisor
 from evomerge.store import Store
 from evomerge.store.jobs import JobQueue
@@ -22,3 +23,4 @@ class Parts:
     supervisor: Supervisor
     hub: Hub
     metrics: Metrics
+    shown: ShownRuns

@@ -116,6 +116,19 @@ class PoolContract:
         assert pool.state().running == 0
         assert pool.free() >= 1
 
+    def test_it_says_what_each_worker_does(self, world: Path, pool: Pool) -> None:
+        assert {worker.state for worker in pool.workers_now()} <= {"idle", "starting"}
+        before = time.time()
+        pool.submit(jobs_of(plan_of(world), 1)[0])
+        (busy,) = [worker for worker in pool.workers_now() if worker.state == "busy"]
+        assert (busy.candidate, busy.documents) == (0, "search")
+        assert busy.since is not None
+        assert before <= busy.since <= time.time()
+        while not pool.wait(1.0):
+            pass
+        idle = next(worker for worker in pool.workers_now() if worker.worker == busy.worker)
+        assert (idle.state, idle.candidate, idle.since) == ("idle", None, None)
+
     def test_it_can_be_closed_twice(self, world: Path) -> None:
         from evomerge.workers.inline import InlinePool
 

@@ -11,7 +11,6 @@ from fastapi.responses import FileResponse
 from evomerge.errors import MissingError, UserError
 from evomerge.recipe import Recipe
 from evomerge.report.depth import over_depth, steps
-from evomerge.report.overview import shown
 from evomerge.report.population import Population
 from evomerge.report.recipes import as_mergekit, recipe_of
 from evomerge.service.commands import run_command
@@ -45,7 +44,7 @@ def router(parts: Parts) -> APIRouter:
     @routes.get("/winner")
     def winner(name: RunName) -> Winner:
         """Return the winner, or the best so far, with its parameters over depth or its layer path."""
-        view, data = store.run(name), shown(store, name)
+        view, data = store.run(name), parts.shown.get(name)
         kept = {key: data[key] for key in ("best", "gains", "verdict")}
         if data["best"] is None:
             return Winner(**kept, layers=0, parameters=[], path=[])

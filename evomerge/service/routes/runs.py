@@ -8,7 +8,7 @@ from fastapi import APIRouter, Header, Query, Response
 
 from evomerge.config import NAME
 from evomerge.errors import MissingError
-from evomerge.report.overview import overview, shown
+from evomerge.report.overview import overview
 from evomerge.service import jobs
 from evomerge.service.feed import EventStream
 from evomerge.service.models import (
@@ -63,7 +63,7 @@ def router(parts: Parts) -> APIRouter:
     @routes.get("/{name}")
     def show_run(name: RunName) -> dict[str, Any]:
         """Show what a run found: what `evomerge show --json` prints."""
-        return shown(store, name)
+        return dict(parts.shown.get(name))
 
     @routes.post("/{name}/cancel")
     def cancel_run(name: RunName, wish: Cancellation | None = None) -> RunLine:
