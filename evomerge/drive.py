@@ -145,9 +145,10 @@ def trackers_of(config: RunConfig, base_dir: Path) -> list[Target]:
 
 
 def _check_unchanged(view: RunView, config: RunConfig) -> None:
-    now = config.model_dump(mode="json")
-    for section, value in now.items():
-        if section not in CHANGEABLE and value != view.config.get(section):
+    # What was stored is read anew: the version that stored it may not have known every key.
+    before = parse_config(view.config, f"run {view.name}").model_dump(mode="json")
+    for section, value in config.model_dump(mode="json").items():
+        if section not in CHANGEABLE and value != before[section]:
             raise ConfigError(
                 f"{section}: cannot change while a run lasts; only {', '.join(sorted(CHANGEABLE))} can. "
                 "Start a new run with this config"

@@ -22,12 +22,11 @@ from sqlalchemy import (
     make_url,
     select,
     text,
-    update,
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from evomerge.errors import StoreError
-from evomerge.store.tables import EVENTS, META, METADATA, SCHEMA
+from evomerge.store.tables import META, METADATA, SCHEMA
 
 BUSY_SECONDS = 30.0
 """How long a writer waits for another writer before it gives up."""
@@ -176,19 +175,16 @@ def prepare(reader: Engine, writer: Engine, *, create: bool) -> None:
 
 
 def _upgrade(connection: Connection, version: int) -> None:
-    """Bring the tables from a version to the present one; 0: there are none yet.
-
-    Version 2 has more tables and one more index; what version 1 wrote stays as it is.
-    """
+    """Bring the tables from a version to the present one; 0: there are none yet."""
     if version == SCHEMA:
         return
-    METADATA.create_all(connection)
     if version == 0:
+        METADATA.create_all(connection)
         connection.execute(insert(META).values(key="schema_version", value=str(SCHEMA)))
         return
-    for index in EVENTS.indexes:
-        index.create(connection, checkfirst=True)
-    connection.execute(update(META).where(META.c.key == "schema_version").values(value=str(SCHEMA)))
+    from evomerge.store.migrations import upgrade  # alembic is loaded where it is needed only
+
+    upgrade(connection, version, SCHEMA, shown(connection.engine.url))
 
 
 def lock(connection: Connection) -> None:
