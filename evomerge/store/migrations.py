@@ -7,6 +7,7 @@ then, and does not look at `tables.py`. A test holds the sum of all steps equal 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import sqlalchemy as sa
 from alembic.migration import MigrationContext
@@ -59,10 +60,10 @@ def _to_2(operations: Operations) -> None:
     """Requests, activity, and the queue of a service."""
     text_, integer, double = sa.Text, sa.Integer, sa.Double
 
-    def column(name: str, kind: type[sa.types.TypeEngine[object]], **options: bool) -> sa.Column[object]:
-        return sa.Column(name, kind, nullable=options.pop("nullable", False), **options)
+    def column(name: str, kind: Any, *, nullable: bool = False, unique: bool = False) -> sa.Column[Any]:
+        return sa.Column(name, kind, nullable=nullable, unique=unique or None)
 
-    def of_run() -> sa.Column[object]:
+    def of_run() -> sa.Column[Any]:
         return sa.Column("run_id", integer, sa.ForeignKey("runs.id"), primary_key=True)
 
     operations.create_index("events_kind", "events", ["run_id", "kind", "id"])
