@@ -86,7 +86,6 @@ def test_the_script_runs_a_search_over_the_nodes_and_goes_on_with_it(
     with Store.open(world / "runs.db") as store:
         view = store.run("mine")
         assert view.status == "finished"
-        (started,) = view.events(kind="started")
         assert sum(c.origin == "optimizer" for c in view.candidates()) == 6
     left = [p for p in psutil.process_iter(["cmdline", "status"]) if environment["RAY_TMPDIR"] in str(p.info)]
     assert [p for p in left if p.info["status"] != "zombie" and "raylet" in str(p.info)] == []
