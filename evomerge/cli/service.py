@@ -86,8 +86,9 @@ def serve(
 
 
 def _serve(settings: ServiceSettings) -> None:
-    from evomerge.cli.display import errors
+    from evomerge.cli.display import errors, warn
     from evomerge.errors import UserError
+    from evomerge.service.settings import LOOPBACK
 
     try:
         from evomerge.service.server import serve as run
@@ -98,6 +99,8 @@ def _serve(settings: ServiceSettings) -> None:
 
     def ready(address: str) -> None:
         errors.print(f"serving {shown_store(settings.store)} at {address}", markup=False, soft_wrap=True)
+        if settings.host not in LOOPBACK:
+            warn("the token is sent unencrypted; put a proxy with TLS before the service")
         errors.print(f"token: in {settings.folder / 'token'}", markup=False, soft_wrap=True)
 
     run(settings, ready=ready)
@@ -164,7 +167,7 @@ def cancel(
             line = one_run(opened, run)
     if as_json:
         print_json(line)
-    elif line["status"] == "running":
+    elif line["status"] in ("starting", "running"):
         when = "now" if now else "after the candidates that are running"
         typer.echo(f"{run}: stops {when}")
     else:

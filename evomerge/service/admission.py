@@ -118,12 +118,13 @@ def _paths(config: RunConfig) -> Iterator[tuple[str, str]]:
 def _source_paths(ref: SourceRef, key: str) -> Iterator[tuple[str, str]]:
     if ref.recipe is not None:
         yield from _recipe_paths(ref.recipe, key)
-    elif not ref.path.startswith(RUN):
-        yield f"{key}: path", ref.path
-        for place, letter in enumerate(ref.path):
-            if letter == "+":  # perhaps a base with an adapter
-                yield f"{key}: path", ref.path[:place]
-                yield f"{key}: path", ref.path[place + 1 :]
+    if ref.path.startswith(RUN):
+        return
+    yield f"{key}: path", ref.path
+    for place, letter in enumerate(ref.path):
+        if letter == "+":  # perhaps a base with an adapter
+            yield f"{key}: path", ref.path[:place]
+            yield f"{key}: path", ref.path[place + 1 :]
 
 
 def _recipe_paths(recipe: Recipe, key: str) -> Iterator[tuple[str, str]]:

@@ -14,9 +14,13 @@ from urllib.parse import quote, urlsplit
 import httpx
 
 from evomerge.errors import ConfigError, ConflictError, LimitError, MissingError, ServerError, UserError
+from evomerge.service.settings import LOOPBACK
 
 API = "/api/v1"
 RETRY_SECONDS = 2.0
+GONE_SECONDS = 60.0
+"""How long `events` waits for a service that does not answer, such as one that is started anew."""
+
 STREAM_SECONDS = 45.0
 """A stream in which nothing comes for so long is broken: the service says thrice as often that it lives."""
 
@@ -64,7 +68,11 @@ class Client:
             raise ServerError(f"server {server}: expected http://HOST:PORT or https://HOST")
         self.server = server.rstrip("/")
         headers = {"authorization": f"Bearer {token}"}
-        self._http = httpx.Client(base_url=self.server + API, headers=headers, timeout=timeout)
+        # A proxy of the environment is for other machines, and would see the token.
+        proxied = parts.hostname not in LOOPBACK
+        self._http = httpx.Client(
+            base_url=self.server + API, headers=headers, timeout=timeout, trust_env=proxied
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -184,8 +192,19 @@ class Client:
                         return
             except httpx.TransportError:
                 pass
+            self._wait_for_service()
+
+    def _wait_for_service(self) -> None:
+        """Wait until the service answers; one that is gone for good is an error."""
+        end = time.monotonic() + GONE_SECONDS
+        while True:
             time.sleep(RETRY_SECONDS)
-            self.info()  # a service that is gone for good is an error here
+            try:
+                self.info()
+                return
+            except ServerError:
+                if time.monotonic() > end:
+                    raise
 
     def _stream(self, name: str, after: int) -> Iterator[Message]:
         headers = {"last-event-id": str(after), "accept": "text/event-stream"}

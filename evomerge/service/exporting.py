@@ -36,7 +36,7 @@ class Exporter:
 
     def _driver(self, export: Export) -> Driver:
         folder = self._settings.folder / "exports" / ".work" / str(export.id)
-        return Driver(f"export-{export.id}", folder)
+        return Driver(f"export-{export.id}", folder, {"log": 0})
 
     def _start(self, export: Export) -> None:
         target = Path(export.path)

@@ -44,6 +44,8 @@ def resume(parts: Parts, name: str, wish: Resumption) -> dict[str, Any]:
     Raises:
         UserError: There is no such run, it has a driver, or a change is not allowed.
     """
+    if parts.store.find(name) is None and parts.queue.job(name) is not None:
+        raise ConflictError(f'run "{name}" has not begun; cancel it, or submit it again')
     view = parts.store.run(name)
     changes = list(wish.changes)
     changes += [f"budget.evaluations={wish.evaluations}"] if wish.evaluations else []

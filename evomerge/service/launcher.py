@@ -83,7 +83,12 @@ class Launcher(ABC):
         """Return the end of what the driver has written, at most so many bytes."""
 
     def complaint(self, driver: Driver) -> str:
-        """Return the line with which a driver that ended said what the user can mend; empty if it did not."""
+        """Return the line with which a driver that ended said what the user can mend; empty if it did not.
+
+        Without a handle nobody knows where in the log the driver began: then it is empty too.
+        """
+        if not driver.handle:
+            return ""
         lines = self.log(driver, 8192).strip().splitlines()
         last = lines[-1] if lines else ""
         said = last.removeprefix("evomerge: ")

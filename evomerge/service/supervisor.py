@@ -70,11 +70,6 @@ class Supervisor:
         job = self._queue.job(name)
         return "" if job is None else self._launcher.log(self._driver(job), most)
 
-    @property
-    def alive(self) -> bool:
-        """Whether it still looks."""
-        return self._thread.is_alive()
-
     def _loop(self) -> None:
         while not self._ended.is_set():
             self._wake.clear()

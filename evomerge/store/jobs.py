@@ -222,8 +222,9 @@ class JobQueue:
             if values:
                 connection.execute(update(JOBS).where(JOBS.c.name == name).values(**values, updated=now()))
                 return
-        if row is None or row.outcome != "cancelled":
-            self._store.run(name).request("now" if immediately else "stop")
+        if row is not None and row.outcome == "cancelled" and self._store.find(name) is None:
+            return
+        self._store.run(name).request("now" if immediately else "stop")
 
     def job(self, name: str) -> Job | None:
         """Return a job; None if there is none of that name, in whatever service."""

@@ -21,7 +21,7 @@ class Line:
         name: The run's name.
         status: `queued`, `starting`, `running`, `stopped`, `failed`, `finished`, `interrupted` (its driver is
             gone) or `cancelled` (before it began).
-        error: Why it failed; empty otherwise.
+        error: Why its last driver failed; empty otherwise. The run may have been begun or ended before.
         created: When it began or was submitted, in Unix seconds by the database's clock.
         updated: When it last changed, likewise.
         priority: Its job's; None for a run without one.
@@ -65,12 +65,19 @@ def _line(name: str, run: Row[Any] | None, job: Row[Any] | None) -> Line:
     return Line(
         name=name,
         status=_status(run, job),
-        error="" if job is None or job.state != "ended" else job.error,
+        error=_error(run, job),
         created=created,
         updated=max(times),
         priority=None if job is None else job.priority,
         run_id=None if run is None else run.id,
     )
+
+
+def _error(run: Row[Any] | None, job: Row[Any] | None) -> str:
+    """Return how the job failed, unless another driver has taken the run since."""
+    if job is None or job.state != "ended" or (run is not None and run.epoch > job.epoch + 1):
+        return ""
+    return str(job.error)
 
 
 def _status(run: Row[Any] | None, job: Row[Any] | None) -> str:
@@ -80,10 +87,8 @@ def _status(run: Row[Any] | None, job: Row[Any] | None) -> str:
     if job is not None and job.state != "ended":
         begun = run is not None and run.epoch > job.epoch  # its driver writes the report, or has just died
         return "queued" if job.state == "queued" else "running" if begun else "starting"
-    if job is not None and (run is None or (job.outcome == "failed" and run.epoch == job.epoch)):
-        return str(job.outcome)
     if run is None:
-        return ""
+        return "" if job is None else str(job.outcome)
     return "interrupted" if run.status == "running" else str(run.status)
 
 

@@ -179,14 +179,8 @@ class Run(RunView):
             self._append_event(connection, kind, text)
 
     def _append_event(self, connection: Connection, kind: str, text: str) -> None:
-        following = (
-            select(func.coalesce(func.max(EVENTS.c.id), 0) + 1)
-            .where(EVENTS.c.run_id == self.id)
-            .scalar_subquery()
-        )
-        connection.execute(
-            insert(EVENTS).values(run_id=self.id, id=following, at=now(), kind=kind, data=text)
-        )
+        values = {"event_run": self.id, "event_kind": kind, "event_data": text}
+        connection.execute(_APPEND_EVENT, values)
 
     def set_activity(self, data: Mapping[str, Any]) -> None:
         """Replace what the workers do at the moment."""
@@ -314,6 +308,16 @@ _KNOWN_AND_TAKEN = select(
         OUTCOMES.c.candidate == bindparam("candidate"),
         OUTCOMES.c.documents == bindparam("documents"),
     ),
+)
+
+_APPEND_EVENT = insert(EVENTS).values(
+    run_id=bindparam("event_run"),
+    id=select(func.coalesce(func.max(EVENTS.c.id), 0) + 1)
+    .where(EVENTS.c.run_id == bindparam("event_run"))
+    .scalar_subquery(),
+    at=now(),
+    kind=bindparam("event_kind"),
+    data=bindparam("event_data"),
 )
 
 _COUNT_ONE_MORE = (

@@ -326,7 +326,8 @@ class RunView:
             raise ValueError(f'request "{action}" is unknown; known: stop, now')
         view = self._store.run(self.name)
         if not view.owner_alive:
-            raise ConflictError(f'run "{self.name}" has no driver that could stop; it is {view.status}')
+            status = "interrupted" if view.status == "running" else view.status
+            raise ConflictError(f'run "{self.name}" has no driver that could stop; it is {status}')
         with self._store.writing() as connection:
             connection.execute(delete(REQUESTS).where(REQUESTS.c.run_id == self.id))
             connection.execute(

@@ -249,7 +249,7 @@ class StoreContract:
             other.add_candidates([(replace(make_candidate(k), digest=f"d{k}"), 0) for k in range(number + 1)])
             other.add_outcome(make_outcome(number), "f")
         last = store.create_run("last", {**config, "budget": 9}, facts)
-        assert last.alike() == [runs[0]._id]
+        assert last.alike() == [runs[0].id]
         assert last.find_outcome("d0", "f", "search") is None
         assert last.find_outcome("d0", "f", "search", last.alike()) == make_outcome(0)
         assert last.find_outcome("d0", "other", "search", last.alike()) is None

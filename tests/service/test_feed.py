@@ -44,18 +44,18 @@ def ids(messages: list[Message]) -> list[int]:
 
 
 def test_an_ended_run_is_told_whole_and_then_the_stream_ends(quiet: Live) -> None:
-    new_run(quiet, "ended", 1203).release("stopped")
+    new_run(quiet, "ended", 603).release("stopped")
     with quiet.client() as client:
         messages = list(client.events("ended"))
-        assert ids(messages) == list(range(1, 1204))
+        assert ids(messages) == list(range(1, 604))
         assert [message.data["data"]["place"] for message in messages[:3]] == [0, 1, 2]
         assert [message.kind for message in messages[-2:]] == ["state", "end"]
         assert messages[-2].data["name"] == "ended"
         assert messages[-1].data == {"status": "stopped"}
-        assert ids(list(client.events("ended", after=1200))) == [1201, 1202, 1203]
+        assert ids(list(client.events("ended", after=600))) == [601, 602, 603]
         later = list(client.events("ended", after=5000))
         assert later[0].kind == "notice"
-        assert ids(later) == list(range(1, 1204))
+        assert ids(later) == list(range(1, 604))
 
 
 def test_what_comes_while_one_watches_comes_once_and_in_order(quiet: Live) -> None:

@@ -48,6 +48,7 @@ def test_a_driver_lives_until_it_ends_and_says_why(driver: Driver) -> None:
     wait_for(lambda: not launcher.alive(again))
     assert launcher.complaint(again) == ""  # the log of the one before is not its own
     assert "nothing.yaml" in launcher.log(started, 10_000)
+    assert launcher.complaint(driver) == ""  # a handle that was never recorded: perhaps another's complaint
 
 
 def test_another_service_finds_it_by_its_folder_alone(driver: Driver, watched: tuple[str, ...]) -> None:

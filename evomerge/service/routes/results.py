@@ -28,7 +28,7 @@ _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def router(parts: Parts) -> APIRouter:
     """Return the routes over a service's parts."""
     routes = APIRouter(prefix="/runs/{name}", tags=["results"])
-    store, settings = parts.store, parts.settings
+    store = parts.store
 
     @routes.get("/config")
     def run_config(name: RunName) -> RunConfigAnswer:
@@ -69,6 +69,13 @@ def router(parts: Parts) -> APIRouter:
         """Return who lives in a run with niches: what `evomerge population RUN --json` prints."""
         return Population(store.run(name)).to_json()
 
+    _add_driver(routes, parts)
+    return routes
+
+
+def _add_driver(routes: APIRouter, parts: Parts) -> None:
+    store, settings = parts.store, parts.settings
+
     @routes.get("/report", response_class=FileResponse, responses={200: {"content": {"text/html": {}}}})
     def report(name: RunName) -> FileResponse:
         """Return the run's report, one HTML file, as it would be written now."""
@@ -99,8 +106,6 @@ def router(parts: Parts) -> APIRouter:
         if said is None:
             return Workers(at=None, phase="", done=0, total=0, deaths=0, busy_share=None, workers=[])
         return Workers(at=said[0], **said[1])
-
-    return routes
 
 
 def _merge_of(recipe: Recipe) -> Recipe:

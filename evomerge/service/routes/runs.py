@@ -75,6 +75,13 @@ def router(parts: Parts) -> APIRouter:
         """Go on with a run that has ended, with another budget or number of workers if wanted."""
         return RunLine.model_validate(jobs.resume(parts, name, wish or Resumption()))
 
+    _add_progress(routes, parts)
+    return routes
+
+
+def _add_progress(routes: APIRouter, parts: Parts) -> None:
+    store = parts.store
+
     @routes.get("/{name}/candidates")
     def list_candidates(
         name: RunName,
@@ -114,8 +121,6 @@ def router(parts: Parts) -> APIRouter:
         if last_event_id is not None and last_event_id.isdecimal():
             place = min(int(last_event_id), MOST)
         return EventStream(parts.hub, await parts.hub.watch(name), place)
-
-    return routes
 
 
 EVENTS = (
