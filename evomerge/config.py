@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -24,6 +24,8 @@ from evomerge.strict import StrictModel, parse_yaml, read_yaml, validated
 from evomerge.workers.settings import WorkerSettings
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+
+TRACKER = r"^(optuna|tensorboard|wandb|mlflow):."
 
 
 def _as_source(data: Any) -> Any:
@@ -162,6 +164,8 @@ class RunConfig(StrictModel):
         workers: What they run on.
         store: SQLite file, relative to the config, or `postgresql://` URL; None: the command's `--store`.
         output: Where results go.
+        trackers: Where it is shown besides, each KIND:WHERE: `optuna:FILE.db`, `tensorboard:FOLDER`,
+            `wandb:PROJECT`, `mlflow:FILE.db` or `mlflow:URL`; paths are relative to the config.
     """
 
     name: str = Field(pattern=NAME)
@@ -175,6 +179,7 @@ class RunConfig(StrictModel):
     workers: WorkerSettings = WorkerSettings()
     store: str | None = None
     output: OutputSettings = OutputSettings()
+    trackers: tuple[Annotated[str, Field(pattern=TRACKER)], ...] = ()
 
     @model_validator(mode="after")
     def _optimizer_exists(self) -> RunConfig:
@@ -195,7 +200,7 @@ class RunConfig(StrictModel):
         return self
 
 
-CHANGEABLE = frozenset({"budget", "workers", "output", "store"})
+CHANGEABLE = frozenset({"budget", "workers", "output", "store", "trackers"})
 """Sections that may differ when a run is resumed; the others decide what the run is."""
 
 

@@ -25,12 +25,18 @@ from evomerge.progress import Progress
 from evomerge.search import Search
 from evomerge.sourcing import with_recipes
 from evomerge.store import Run, RunView, Store
+from evomerge.trackers.live import LiveTracking
+from evomerge.trackers.targets import Target, parse_target
 from evomerge.workers.inline import InlinePool
 from evomerge.workers.pool import Pool
 from evomerge.workers.ray_pool import RayPool
 
 Listener = Callable[[Progress], None]
 Notice = Callable[[str], None]
+
+
+HASTY_SECONDS = 3.0
+"""How long trackers have after a second Ctrl-C."""
 
 
 def _silent(text: str) -> None:
@@ -74,6 +80,7 @@ def start(
             f'run "{config.name}" exists already; go on with it by `evomerge resume {config.name}`, '
             "or choose another name with --name"
         )
+    targets = trackers_of(config, base_dir)
     notice("reading sources and tasks")
     config = with_recipes(config, base_dir, store)
     plan = Plan(config, base_dir)
@@ -83,7 +90,7 @@ def start(
     with make_pool(plan) as pool:
         run = store.create_run(config.name, _kept(config), plan.facts())
         reached("run_created")
-        return _drive(run, plan, pool, store, listener, notice)
+        return _drive(run, plan, pool, store, listener, notice, targets)
 
 
 def resume(
@@ -100,7 +107,7 @@ def resume(
     Args:
         name: The run.
         store: Where it is kept.
-        overrides: Changes of the config's `budget`, `workers` and `output` sections, as `section.key=value`.
+        overrides: Changes of the config's sections in `CHANGEABLE`, as `section.key=value`.
         accept_drift: Go on although sources or tasks changed; the change is recorded.
         listener: Called after each outcome.
         notice: Called with lines for people.
@@ -113,6 +120,7 @@ def resume(
         raise StoreError(f'run "{name}" is driven by {view.owner}; stop that process first')
     config = parse_config(view.config, f"run {name}", overrides)
     _check_unchanged(view, config)
+    targets = trackers_of(config, Path(view.facts["base_dir"]))
     notice("reading sources and tasks")
     plan = Plan(config, Path(view.facts["base_dir"]))
     changed = drift(view.facts, plan.facts())
@@ -126,7 +134,19 @@ def resume(
         if changed:
             run.add_event("drift_accepted", {"changes": changed})
             run.set_facts({**plan.facts(), "drift": [*view.facts.get("drift", []), *changed]})
-        return _drive(run, plan, pool, store, listener, notice)
+        return _drive(run, plan, pool, store, listener, notice, targets)
+
+
+def trackers_of(config: RunConfig, base_dir: Path) -> list[Target]:
+    """Return where a config has its run tracked.
+
+    Raises:
+        ConfigError: A kind is unknown, or its package is not installed.
+    """
+    try:
+        return [parse_target(text, base_dir) for text in config.trackers]
+    except UserError as problem:
+        raise ConfigError(f"trackers: {problem}") from None
 
 
 def _kept(config: RunConfig) -> dict[str, Any]:
@@ -136,30 +156,46 @@ def _kept(config: RunConfig) -> dict[str, Any]:
 
 
 def _check_unchanged(view: RunView, config: RunConfig) -> None:
-    now = config.model_dump(mode="json")
-    for section, value in now.items():
-        if section not in CHANGEABLE and value != view.config.get(section):
+    # What was stored is read anew: the version that stored it may not have known every key.
+    before = parse_config(view.config, f"run {view.name}").model_dump(mode="json")
+    for section, value in config.model_dump(mode="json").items():
+        if section not in CHANGEABLE and value != before[section]:
             raise ConfigError(
                 f"{section}: cannot change while a run lasts; only {', '.join(sorted(CHANGEABLE))} can. "
                 "Start a new run with this config"
             )
 
 
-def _drive(run: Run, plan: Plan, pool: Pool, store: Store, listener: Listener, notice: Notice) -> RunView:
+def _drive(
+    run: Run,
+    plan: Plan,
+    pool: Pool,
+    store: Store,
+    listener: Listener,
+    notice: Notice,
+    targets: Sequence[Target],
+) -> RunView:
     search = Search(run, plan, pool, listener, notice)
     run.set_status("running")
     run.add_event("started", {"pid": os.getpid(), "workers": pool.state().workers})
+    tracking = LiveTracking(run, targets, notice)
+
+    def let_go(status: str, error: str = "") -> None:
+        tracking.end(status, error)
+        run.release(status, error)
+
     try:
         with _stopping(search, notice), _asked_to_stop(run):
             finished = search.run()
         reached("search_ended")
-        run.release("finished" if finished else "stopped")
+        let_go("finished" if finished else "stopped")
         reached("run_released")
     except LostRunError:
         raise
     except KeyboardInterrupt:
         run.release("stopped")
         pool.close(kill=True)
+        tracking.end("stopped", seconds=HASTY_SECONDS)
     except SystemExit:
         run.release("stopped")
         raise
@@ -167,7 +203,7 @@ def _drive(run: Run, plan: Plan, pool: Pool, store: Store, listener: Listener, n
         text = str(problem) if isinstance(problem, UserError) else f"{type(problem).__name__}: {problem}"
         # Where the store is at fault this fails too; what came first is what the user must know.
         with contextlib.suppress(StoreError, LostRunError):
-            run.release("failed", redacted(text))
+            let_go("failed", redacted(text))
         raise
     return store.run(run.name)
 

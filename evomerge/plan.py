@@ -31,12 +31,16 @@ from evomerge.recipe import Recipe, SourceRef, parse_recipe
 from evomerge.records import SPLITS, DocumentSet, Genome
 from evomerge.spaces.dataflow import whole_path
 from evomerge.spaces.making import Depths, make_space
+from evomerge.spaces.parameter import ParameterSpace
 from evomerge.spaces.segments import SegmentSpace
 from evomerge.spaces.settings import ParameterSettings, SegmentsSettings
 from evomerge.strict import canonical_json, read_text
 from evomerge.workers.settings import NO_FUNCTION, WorkerSpec, vllm_refuses
 
 LIBRARIES = ("torch", "transformers", "lm-eval", "datasets", "cmaes", "optuna", "numpy", "ray")
+
+SPAN = {"low", "high", "log", "choices"}
+"""What the facts say of a parameter's bounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,6 +325,8 @@ class Plan:
         more: dict[str, Any] = {}
         if isinstance(self.space, SegmentSpace):
             more["chromosomes"] = self.space.facts()
+        if isinstance(self.space, ParameterSpace):
+            more["spans"] = [gene.span.model_dump(include=SPAN) for gene in self.space.genes]
         if self.config.optimizer.settings.get("founders") is not None:
             more["founders"] = [list(genome) for genome in self._founders]
         return {

@@ -14,7 +14,7 @@ LAYERS = (
     ("__main__", "cli", "demo"),
     ("service",),
     ("drive", "evaluate", "soup"),
-    ("search", "crew", "progress", "plan", "config", "report", "sourcing", "population"),
+    ("search", "crew", "progress", "plan", "config", "report", "sourcing", "population", "trackers"),
     ("workers",),
     ("merging", "fitness"),
     ("spaces", "optimizers", "store", "checkpoints"),
@@ -34,7 +34,8 @@ DEPTH = {part: depth for depth, layer in enumerate(LAYERS) for part in layer}
 LIGHT = (
     *("evomerge", "evomerge.cli", "evomerge.drive", "evomerge.plan", "evomerge.search", "evomerge.store"),
     *("evomerge.optimizers", "evomerge.workers.ray_pool", "evomerge.workers.inline"),
-    *("evomerge.service.server", "evomerge.service.client"),
+    *("evomerge.service.server", "evomerge.service.client", "evomerge.trackers.live"),
+    "evomerge.trackers.optuna_study",
 )
 HEAVY = ("torch", "ray", "transformers", "lm_eval")
 

@@ -10,7 +10,7 @@ import sys
 import typer
 
 from evomerge import faults
-from evomerge.cli import adapters, inspect, look, models, population, runs, service, soup
+from evomerge.cli import adapters, inspect, look, models, population, runs, service, soup, track
 from evomerge.errors import LostRunError, UserError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ for command in (
     *soup.COMMANDS,
     *inspect.COMMANDS,
     *service.COMMANDS,
+    *track.COMMANDS,
 ):
     app.command()(command)
 app.add_typer(population.app)

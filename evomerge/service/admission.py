@@ -77,6 +77,8 @@ def admit(config: RunConfig, folder: Path, settings: ServiceSettings) -> None:
         raise ConfigError("store: the service has its own; leave the key out")
     if config.output.folder is not None:
         raise ConfigError("output.folder: the service decides where results go; leave the key out")
+    if config.trackers:
+        raise ConfigError("trackers: they write where the service may; its operator has `evomerge track`")
     if config.workers.ray_address is not None:
         raise ConfigError("workers.ray_address: the service's operator names the cluster; leave the key out")
     if config.fitness.allow_unsafe_code and not settings.allow_unsafe_code:

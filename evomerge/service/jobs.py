@@ -69,7 +69,7 @@ def _check_changes(name: str, config: dict[str, Any], changes: list[str]) -> Non
             raise ConfigError(
                 f"{section}: cannot change while a run lasts; only {', '.join(sorted(CHANGEABLE))} can"
             )
-    operators = (("store", None), ("output", "folder"), ("workers", "ray_address"))
+    operators = (("store", None), ("trackers", None), ("output", "folder"), ("workers", "ray_address"))
     for section, key in operators:
         old, new = before[section], after[section]
         if (old if key is None else old[key]) != (new if key is None else new[key]):

@@ -23,13 +23,12 @@ from sqlalchemy import (
     make_url,
     select,
     text,
-    update,
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 
 from evomerge.errors import StoreError
 from evomerge.faults import reached
-from evomerge.store.tables import EVENTS, META, METADATA, SCHEMA
+from evomerge.store.tables import META, METADATA, SCHEMA
 
 _log = logging.getLogger(__name__)
 
@@ -231,20 +230,17 @@ def prepare(reader: Engine, writer: Engine, *, create: bool) -> None:
 
 
 def _upgrade(connection: Connection, version: int) -> None:
-    """Bring the tables from a version to the present one; 0: there are none yet.
-
-    Version 2 has more tables and one more index; what version 1 wrote stays as it is.
-    """
+    """Bring the tables from a version to the present one; 0: there are none yet."""
     if version == SCHEMA:
         return
-    METADATA.create_all(connection)
     if version == 0:
+        METADATA.create_all(connection)
         connection.execute(insert(META).values(key="schema_version", value=str(SCHEMA)))
         reached("tables_made")
         return
-    for index in EVENTS.indexes:
-        index.create(connection, checkfirst=True)
-    connection.execute(update(META).where(META.c.key == "schema_version").values(value=str(SCHEMA)))
+    from evomerge.store.migrations import upgrade  # alembic is loaded where it is needed only
+
+    upgrade(connection, version, SCHEMA, shown(connection.engine.url))
 
 
 def lock(connection: Connection) -> None:

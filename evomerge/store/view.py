@@ -150,15 +150,17 @@ class RunView:
             self.owner = Owner.of_json(row.owner)
             self.owner_alive = self.owner is not None and self.owner.alive(row.silence)
 
-    def candidates(self, *, whole: bool = True) -> list[Candidate]:
-        """Return all candidates by number.
+    def candidates(self, first: int = 0, *, whole: bool = True) -> list[Candidate]:
+        """Return the candidates by number.
 
         Args:
+            first: From this number on.
             whole: Read genome and recipe too; without, `Candidate.genome` is None and `recipe` empty, and
                 100,000 candidates are read in a second.
         """
         columns = CANDIDATES.c if whole else [CANDIDATES.c[name] for name in _WITHOUT_RECIPE]
-        query = select(*columns).where(CANDIDATES.c.run_id == self.id).order_by(CANDIDATES.c.number)
+        mine = (CANDIDATES.c.run_id == self.id, CANDIDATES.c.number >= first)
+        query = select(*columns).where(*mine).order_by(CANDIDATES.c.number)
         if whole:
             return [self._candidate(row) for row in self._rows(query)]
         return [

@@ -2,15 +2,17 @@
 
 Actors have `max_restarts=0`: Ray never repeats anything by itself. A dead or hanging actor is replaced by
 a new one, and its job is tried again by this pool. A hanging actor is killed, because Ray cannot cancel
-a running method. The pool grows to `count` workers as the cluster has room for them.
+a running method. The pool grows to `count` workers as the cluster has room for them, and shares a cluster
+with the pools of other runs, see `Share`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ from evomerge.records import Outcome
 from evomerge.workers.pool import Job, Pool, PoolState, WorkerNow, lost
 from evomerge.workers.ray_head import RayHead
 from evomerge.workers.settings import WorkerSettings, WorkerSpec
+from evomerge.workers.share import Share
 
 START_SECONDS = 600.0
 """Longest time for a worker to load its sources before it counts as hanging."""
@@ -30,19 +33,19 @@ START_ATTEMPTS = 3
 RAY_STARTS = 3
 """How often our own Ray is started anew without a single outcome in between."""
 
+NODE_LOSSES = 20
+"""How often a candidate may lose its whole node, which is not its fault, before that counts as a try."""
+
 STORE_SECRETS = ("EVOMERGE_STORE", "PGPASSWORD")
 """Environment variables that workers get empty."""
 
 GROW_SECONDS = 0.5
 """Least time between looks at whether the cluster has room for more workers."""
 
-COUNT_SECONDS = 5.0
-"""Least time between looks at how many workers a cluster could hold in all."""
-
 
 @dataclass(slots=True)
 class _Slot:
-    """One actor and what it does."""
+    """One actor and what it does; `placed`: a node has room for it, so that it can load the worker."""
 
     actor: Any
     pending: Any
@@ -51,6 +54,7 @@ class _Slot:
     deadline: float
     number: int
     since: float
+    placed: bool = False
     process: psutil.Process | None = None
 
 
@@ -76,8 +80,10 @@ class RayPool(Pool):
         self._wanted = 0
         self._needs: dict[str, float] = {}
         self._options: dict[str, Any] = {}
-        self._grown = self._counted = 0.0
+        self._grown = 0.0
         self._started = 0
+        self._share: Share | None = None
+        self._node_losses: Counter[tuple[int, str]] = Counter()
 
     def start(self) -> None:
         """Connect to the cluster, or start one here, and start the workers."""
@@ -97,6 +103,8 @@ class RayPool(Pool):
                 f"workers: one worker needs {', '.join(short)}, which the Ray cluster does not have"
             )
         self._wanted = room if settings.count == "auto" else settings.count
+        if settings.ray_address is not None:
+            self._share = Share(self._ray)
         if self._wanted > room and settings.ray_address is None:
             self.close()
             raise UserError(
@@ -130,27 +138,39 @@ class RayPool(Pool):
         }
 
     def _grow(self) -> None:
-        """Start actors up to the wanted number as far as the cluster has room for them now."""
-        self._count()
-        missing = self._wanted - len(self._slots)
-        if missing <= 0 or time.monotonic() - self._grown < GROW_SECONDS:
+        """Start actors up to the wanted number as far as the cluster has room for them now.
+
+        On a cluster that others use too, the first is started in any case: it waits for room, which other
+        runs see. So is the whole `count` where it is a number, for which a cluster may add nodes.
+        """
+        if time.monotonic() - self._grown < GROW_SECONDS:
             return
         self._grown = time.monotonic()
+        if self._share is not None and self._settings.count == "auto":
+            room = self._room(self._ray.cluster_resources())
+            self._wanted = self._share.fair(room)
+            self._give_back()
+        missing = self._wanted - len(self._slots)
+        if missing <= 0:
+            return
+        if self._share is None or self._settings.count == "auto":
+            first = int(self._share is not None and not self._slots)
+            missing = min(missing, max(first, self._room(self._ray.available_resources())))
         remote = self._ray.remote(_Actor)
-        for _ in range(min(missing, self._room(self._ray.available_resources()))):
-            actor = remote.options(**self._options).remote(self._spec.model_dump(mode="json"))
-            deadline = time.monotonic() + START_SECONDS
-            slot = _Slot(actor, actor.ready.remote(), None, 0, deadline, self._started, time.time())
+        for _ in range(missing):
+            named = {} if self._share is None else self._share.name_of(self._started)
+            actor = remote.options(**self._options, **named).remote(self._spec.model_dump(mode="json"))
+            slot = _Slot(actor, actor.placed.remote(), None, 0, math.inf, self._started, time.time())
             self._slots.append(slot)
             self._started += 1
 
-    def _count(self) -> None:
-        """Want more workers where the number is open and the cluster has grown."""
-        now = time.monotonic()
-        if self._settings.count != "auto" or self._head.own or now - self._counted < COUNT_SECONDS:
-            return
-        self._counted = now
-        self._wanted = max(self._wanted, self._room(self._ray.cluster_resources()))
+    def _give_back(self) -> None:
+        """Let go of workers beyond the fair share: those without a job, the newest first."""
+        for slot in [slot for slot in reversed(self._slots) if slot.job is None]:
+            if len(self._slots) <= self._wanted:
+                return
+            self._slots.remove(slot)
+            self._ray.kill(slot.actor)
 
     def _await_first(self) -> None:
         """Wait until a worker is up, so that a source or task that cannot be loaded stops the run at once."""
@@ -251,7 +271,11 @@ class RayPool(Pool):
                 raise cause from None
             return self._lose(slot, f"the worker raised {type(cause).__name__}: {cause}")
         except RayError as problem:
-            return self._lose(slot, f"the worker died: {_first_line(problem)}")
+            return self._lose(slot, f"the worker died: {_first_line(problem)}", node=_lost_node(problem))
+        if not slot.placed:
+            slot.placed, slot.since = True, time.time()
+            slot.pending, slot.deadline = slot.actor.ready.remote(), time.monotonic() + START_SECONDS
+            return []
         job, slot.job, slot.pending = slot.job, None, None
         if job is None:
             refusal, pid = answer
@@ -268,8 +292,11 @@ class RayPool(Pool):
             )
         return [outcome]
 
-    def _lose(self, slot: _Slot, reason: str) -> list[Outcome]:
-        """Give up a worker; its job goes back to the queue while it has tries left."""
+    def _lose(self, slot: _Slot, reason: str, *, node: bool = False) -> list[Outcome]:
+        """Give up a worker; its job goes back to the queue while it has tries left.
+
+        A node that left, with all its workers, is no fault of the candidate or the worker.
+        """
         self._deaths += 1
         self._loss = reason
         self._slots.remove(slot)
@@ -277,11 +304,15 @@ class RayPool(Pool):
         with contextlib.suppress(Exception):
             self._ray.kill(slot.actor)
         if slot.job is None:
-            self._start_failures += 1
+            self._start_failures += not node
             if self._start_failures >= START_ATTEMPTS:
                 self.close(kill=True)
                 raise UserError(f"workers: no worker could start, tried {START_ATTEMPTS} times: {reason}")
             return []
+        if node:
+            key = (slot.job.candidate, slot.job.documents)
+            self._node_losses[key] += 1
+            slot.attempts -= self._node_losses[key] <= NODE_LOSSES
         if slot.attempts > self._settings.retries:
             return [lost(slot.job, slot.attempts, reason)]
         self._jobs.appendleft((slot.job, slot.attempts))
@@ -323,6 +354,9 @@ class _Actor:
         self._spec = spec
         self._worker: Any = None
 
+    def placed(self) -> None:
+        """Answer as soon as a node has room for the actor."""
+
     def ready(self) -> tuple[str, int]:
         """Load the worker; return what the user must mend, or nothing, and the process id."""
         from evomerge.errors import UserError
@@ -358,3 +392,8 @@ def _end(process: psutil.Process | None) -> None:
 def _first_line(problem: BaseException) -> str:
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     return f"{type(problem).__name__}: {lines[0] if lines else ''}"
+
+
+def _lost_node(problem: BaseException) -> bool:
+    """Whether a worker died with its node; Ray says so in words only."""
+    return "node has died" in str(problem) or type(problem).__name__ == "NodeDiedError"

@@ -30,7 +30,8 @@ class WorkerSettings(StrictModel):
     Attributes:
         pool: `ray`: actors of a Ray cluster; `inline`: in the driver itself, one at a time, for debugging
             (it cannot end a candidate that hangs).
-        count: Number of workers; `auto`: as many as the cluster's resources hold.
+        count: Number of workers, never more; `auto`: as many as fit, and on a cluster that other runs use too
+            an equal share of it, given up and taken as runs come and go.
         cpus: CPUs of each worker.
         engine: What holds the model and scores it: `transformers`, or `vllm` for tasks on GPUs, which needs
             `pip install 'evomerge[vllm]'`.

@@ -5,12 +5,14 @@ It never raises for a bad candidate: the candidate's fault comes back as an outc
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 from pathlib import Path
 
 import torch
 
+from evomerge.checkpoints.node_cache import NodeCache
 from evomerge.errors import CandidateError, EngineError, EvomergeError, redacted
 from evomerge.fitness.function import evaluate_function, load_function
 from evomerge.fitness.harness import Evaluation, Harness
@@ -38,6 +40,10 @@ class Worker:
         torch.set_num_threads(spec.threads)
         self._spec = spec
         base_dir = Path(spec.base_dir)
+        self._cache = NodeCache.of_node(os.environ)
+        if self._cache is not None:
+            local = tuple(self._cache.localized(ref, base_dir) for ref in spec.sources)
+            spec = spec.model_copy(update={"sources": local})
         opened = {ref.name: open_source(ref, base_dir) for ref in spec.sources}
         for checkpoint in opened.values():
             checkpoint.scan_finite()

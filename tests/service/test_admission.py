@@ -86,6 +86,7 @@ def test_tasks_and_code_outside_are_refused(settings: ServiceSettings, path: str
         ({"fitness": {"tasks": ["humaneval"], "allow_unsafe_code": True}}, "fitness.allow_unsafe_code"),
         ({"store": "other.db"}, "store"),
         ({"output": {"folder": "/tmp/x"}}, "output.folder"),
+        ({"trackers": ["optuna:/tmp/x.db"]}, "trackers"),
         ({"workers": {"ray_address": "ray://evil:10001"}}, "workers.ray_address"),
         ({"optimizer": {"name": "cma_es", "start": ["/etc/passwd"]}}, "optimizer.start.0"),
         ({"optimizer": {"name": "niches", "founders": "../f.json"}}, "optimizer.founders"),
