@@ -13,10 +13,7 @@ from evomerge.report.overview import one_run, overview
 from evomerge.store import Store
 from evomerge.store.jobs import Job, JobQueue
 from evomerge.store.pages import candidate_page, whole_candidate
-from evomerge.store.tables import METADATA
 from tests.contracts.store import make_candidate, make_outcome
-
-NEW = ("requests", "activity", "jobs", "exports")
 
 
 class JobQueueContract:
@@ -216,20 +213,3 @@ class JobQueueContract:
             whole_candidate(store, run, 6)
 
     # Stores of the version before
-
-    def test_a_store_of_version_1_is_brought_up_when_it_is_opened(self, store: Store, url: str) -> None:
-        run = store.create_run("old", {}, {})
-        run.add_event("note", {})
-        with store.writing() as connection:
-            for name in NEW:
-                METADATA.tables[name].drop(connection)
-            connection.execute(text("DROP INDEX events_kind"))
-            connection.execute(text("UPDATE meta SET value = '1' WHERE key = 'schema_version'"))
-        with Store.open(url, create=False) as opened:
-            assert [event.kind for event in opened.run("old").events(kind="note")] == ["note"]
-            queue = JobQueue(opened, "mine")
-            assert self.submit(queue, "new").state == "queued"
-        with Store.open(url, create=False) as opened, opened.reading() as connection:
-            version = connection.execute(text("SELECT value FROM meta WHERE key = 'schema_version'"))
-            assert version.scalar_one() == "2"
-        run.add_event("note", {})  # a driver that had it open goes on
