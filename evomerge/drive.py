@@ -198,6 +198,7 @@ def _drive(
         tracking.end("stopped", seconds=HASTY_SECONDS)
     except SystemExit:
         run.release("stopped")
+        tracking.end("stopped", seconds=HASTY_SECONDS)
         raise
     except BaseException as problem:
         text = str(problem) if isinstance(problem, UserError) else f"{type(problem).__name__}: {problem}"
