@@ -71,10 +71,12 @@ def shown(store: Store, name: str) -> dict[str, Any]:
     line = one_run(store, name)
     view = store.find(name)
     found = NOTHING_FOUND if view is None else Summary(view).to_json()
-    return {**found, **{key: line[key] for key in _OF_LINE}, "error": line["error"] or found["error"]}
+    queued = {} if line["priority"] is None else {"priority": line["priority"]}
+    own = {key: line[key] for key in _OF_LINE}
+    return {**found, **own, **queued, "error": line["error"] or found["error"]}
 
 
-_OF_LINE = ("name", "status", "created", "updated", "priority")
+_OF_LINE = ("name", "status", "created", "updated")
 
 NOTHING_FOUND: dict[str, Any] = {
     "error": "",
@@ -89,6 +91,7 @@ NOTHING_FOUND: dict[str, Any] = {
     "looks_at_test": 0,
     "seconds": {"merge": 0.0, "evaluate": 0.0},
     "evaluation": {},
+    "optimizer": [],
     "notes": [],
     "failed": [],
 }

@@ -29,7 +29,7 @@ export function activityPart(run) {
   }
 
   async function readLog(status) {
-    if (run.line.priority === null) {
+    if (run.line.priority == null) {
       show(log, empty("No log here", "The run was begun without this service."));
     } else {
       const { text } = await get(at(run.name, "/logs"), signal);
