@@ -35,5 +35,6 @@ def test_memory_files_and_threads_stay_flat(tmp_path: Path) -> None:
             start(read_config(world / "config.yaml"), world, store, listener=look)
     finally:
         tracemalloc.stop()
-    assert seen[180][1:] == seen[60][1:]
+    assert seen[180][1] <= seen[60][1]
+    assert seen[180][2] <= seen[60][2]
     assert (seen[180][0] - seen[60][0]) / 120 < MOST_BYTES

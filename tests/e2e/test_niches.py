@@ -212,11 +212,11 @@ REFUSED = {
     "a method": ({"space": {"kind": "segments", "method": "ties"}}, 'unknown key "method"'),
     "no population": (
         {"optimizer": {"name": "niches", "founders": "none.json"}},
-        "none.json: No such file",
+        "none.json: cannot be read (No such file",
     ),
     "a population that is none": (
         {"optimizer": {"name": "niches", "founders": "seg.yaml"}},
-        "seg.yaml: no JSON",
+        "seg.yaml: not valid JSON",
     ),
     "no niches": ({"optimizer": {"name": "nichs"}}, 'did you mean "niches"?'),
 }
