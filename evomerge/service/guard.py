@@ -122,12 +122,10 @@ class Guard:
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self._token):
-            raise Refused(
-                401,
-                "no_token",
-                "expected the header `Authorization: Bearer TOKEN` with the token of the token file",
-                **{"www-authenticate": "Bearer"},
-            )
+            problem = "expected the header `Authorization: Bearer TOKEN` with the token of the token file"
+            if kind.lower() == "bearer":
+                problem = "the token is not this service's (EVOMERGE_TOKEN goes before a token file)"
+            raise Refused(401, "no_token", problem, **{"www-authenticate": "Bearer"})
 
     async def _whole_body(self, headers: dict[str, str], receive: Receive) -> Receive:
         """Read the body, which is small or refused, and return what gives it to the application."""
