@@ -28,7 +28,10 @@ def test_it_raises_what_the_library_raises(live: Live) -> None:
         with pytest.raises(UserError, match=r"query\.limit"):
             client.candidates("demo", limit=0)
         assert client.candidates("demo", limit=1)["candidates"][0]["number"] == 0
-    with Client(live.service.address, "wrong") as stranger, pytest.raises(ServerError, match="the token is not this service's"):
+    with (
+        Client(live.service.address, "wrong") as stranger,
+        pytest.raises(ServerError, match="the token is not this service's"),
+    ):
         stranger.info()
 
 
