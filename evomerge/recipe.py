@@ -193,7 +193,7 @@ class Recipe(StrictModel):
         if not method.takes_base and self.base is not None:
             raise RecipeError(f"base: method {method.name} has no base; list it as a source or leave it out")
         if not self.slices and self.path is None:
-            _check_count(len(names), method, "sources")
+            method.check_count(len(names), "sources")
         self._check_tokens(known)
 
     def _check_tokens(self, known: list[str]) -> None:
@@ -229,7 +229,7 @@ class Recipe(StrictModel):
                     )
             if self.base is not None and self.base.name not in piece.layers:
                 raise RecipeError(f'{where}: the base "{self.base.name}" is missing')
-            _check_count(sum(name in piece.layers for name in names), method, where)
+            method.check_count(sum(name in piece.layers for name in names), where)
             used |= set(piece.layers)
         if self.slices and used != set(known):
             raise RecipeError(f'slices: no slice has layers of "{next(n for n in known if n not in used)}"')
@@ -378,12 +378,6 @@ class Recipe(StrictModel):
 
 for _model in (SourceRef, RecipeSource, Recipe):
     _model.model_rebuild()  # a source may hold a recipe, which holds sources
-
-
-def _check_count(count: int, method: Method, where: str) -> None:
-    if count < method.min_sources or count > (method.max_sources or count):
-        wanted = str(method.min_sources) if method.max_sources else f"at least {method.min_sources}"
-        raise RecipeError(f"{where}: method {method.name} takes {wanted}, got {count}")
 
 
 def parse_recipe(data: Any, where: str) -> Recipe:

@@ -17,6 +17,7 @@ from typing import Any
 from evomerge.crew import Crew, Health
 from evomerge.errors import FitnessError
 from evomerge.faults import reached
+from evomerge.fitness.measures import SECONDS
 from evomerge.fitness.racing import Race, Races
 from evomerge.fitness.selection import finalists, kept_baselines, search_score, winner
 from evomerge.optimizers import Optimizer
@@ -24,6 +25,7 @@ from evomerge.plan import Plan
 from evomerge.progress import Activity, Progress
 from evomerge.recipe import Recipe
 from evomerge.records import Candidate, DocumentSet, Genome, Outcome, Proposal
+from evomerge.replay import replay
 from evomerge.store import Run, Snapshot
 from evomerge.workers.pool import Job, Pool
 
@@ -70,8 +72,10 @@ class Search:
             for event in run.events(kind=kind)
         }
         self._recorded: set[str] = set()
-        # What a callable does is not all in its file, so another run may have done something else.
-        self._alike = run.alike() if plan.tasks is not None else []
+        # What a callable does is not all in its file, so another run may have done something else; seconds
+        # are those of one machine at one time.
+        timed = any(rule.metric == SECONDS for rule in plan.rules.values())
+        self._alike = run.alike() if plan.tasks is not None and not timed else []
         self.stopping = False
 
     def run(self) -> bool:
@@ -198,33 +202,14 @@ class Search:
     def _resumed(self, seeded: Sequence[int]) -> tuple[Optimizer, deque[tuple[int, str]]]:
         """Return the optimizer as the run left it, and the proposals that still lack an outcome."""
         optimizer = self._plan.optimizer(self._start(seeded))
-        snapshot = self._run.latest_snapshot()
-        if snapshot is not None:
-            optimizer.restore(dict(snapshot.state))
-            self._told = snapshot.told
-        log = self._run.log(snapshot)
-        told = deque(log.told)
-
-        def tell_up_to(count: int) -> None:
-            while told and self._told < count:
-                outcome = told.popleft()
-                index = self._candidates[outcome.candidate].index
-                if index is not None:
-                    optimizer.tell(index, outcome.score, outcome.values)
-                self._told += 1
-
-        for asked in log.asked:
-            tell_up_to(asked.told_before)
-            candidate = asked.candidate
-            optimizer.adopt(Proposal(candidate.index or 0, candidate.generation, candidate.genome or ()))
-        tell_up_to(self._told + len(told))
+        self._told, waiting = replay(optimizer, self._run, self._candidates)
         self._add_notes(optimizer)
         for candidate in self._candidates.values():
             if candidate.index is not None:
                 outcome = self._outcomes.get((candidate.number, self._documents_of(candidate)))
                 if outcome is not None:
                     self._note_best(outcome)
-        for outcome in sorted(log.waiting, key=lambda outcome: outcome.candidate):
+        for outcome in waiting:
             self._tell(optimizer, self._candidates[outcome.candidate], outcome)
         owed = deque(
             (candidate.number, key)

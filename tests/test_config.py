@@ -244,6 +244,8 @@ def test_a_bare_path_names_its_source(path, name):
             "workers.tensor_parallel: needs engine: vllm; with transformers, gpus: 2 "
             "spreads the model by layer",
         ),
+        ("workers.gpus", 1.5, "workers.gpus: expected a fraction up to 1, or whole GPUs, got 1.5"),
+        ("workers", {"gpus": 2, "device": "cpu"}, "workers.gpus: 2 GPUs hold no model with device: cpu"),
         ("workers", {"engine": "vllm", "device": "cpu"}, "workers.device: engine vllm needs a GPU; got cpu"),
         (
             "workers",

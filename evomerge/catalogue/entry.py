@@ -86,6 +86,12 @@ class Method:
         """Whether a base may be given."""
         return self.base != "none"
 
+    def check_count(self, count: int, where: str) -> None:
+        """Raise RecipeError unless the method takes so many sources besides the base."""
+        if count < self.min_sources or count > (self.max_sources or count):
+            wanted = str(self.min_sources) if self.max_sources else f"at least {self.min_sources}"
+            raise RecipeError(f"{where}: method {self.name} takes {wanted}, got {count}")
+
     def parameter(self, name: str) -> Parameter:
         """Return the parameter of that name.
 

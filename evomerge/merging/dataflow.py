@@ -85,13 +85,19 @@ def assemble(models: Mapping[str, Any], path: LayerPath, flow: Flow, layers: str
     return model
 
 
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+
+
 def _copied(module: nn.Module) -> nn.Module:
     """Return a module object with the same parameters, buffers and submodules, and without hooks."""
     made = module.__class__.__new__(module.__class__)
     made.__dict__.update(module.__dict__)
     for name in ("_parameters", "_buffers", "_modules"):
         made.__dict__[name] = dict(module.__dict__[name])
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
+    for name in _HOOKS:
         made.__dict__[name] = OrderedDict()
     made.__dict__.pop("_output_capturing_hooks_installed", None)
     return made

@@ -21,7 +21,7 @@ from evomerge.merging.dataflow import assemble
 from evomerge.merging.merger import DTYPES, Merger
 from evomerge.merging.nested import MergedCheckpoint
 from evomerge.merging.outline import outlined_config
-from evomerge.merging.spreading import Spread, run_where_weights_are
+from evomerge.merging.spreading import Spread, layers_of, run_where_weights_are
 from evomerge.recipe import LayerPath, Recipe, RecipeSource, Slice, parse_recipe
 
 
@@ -103,7 +103,8 @@ class LiveModel:
         flow = flow_of(models[path.end].config.to_dict())
         self.model = assemble(models, path, flow, self._layout.layers)
         if len(self._spread.devices) > 1:
-            run_where_weights_are(self.model, self._layout.layers)
+            # The other parts are the very modules of a resident model, which was settled.
+            run_where_weights_are(self.model, layers_of(self.model, self._layout.layers))
 
     def _resident(self, source: RecipeSource, dtype: torch.dtype) -> Any:
         """Return the model of a source; that of a recipe takes the place of an earlier one of its name."""

@@ -32,27 +32,43 @@ class Spread:
         return self.devices[-1 if place.role in ("norm", "head") else 0]
 
     def settle(self, model: Any, layers: str, places: Mapping[str, Place]) -> None:
-        """Move a model's modules to their devices, and let them run there.
+        """Move a model's modules to their devices, and let them run there; no device ever holds all of it.
 
         Args:
             model: A causal language model of transformers.
             layers: Name of a layer's tensors up to the layer's own part, with `{i}` for the index.
             places: The place of tensors of the model by name; modules without one go to the first device.
         """
-        model.to(self.devices[0])
+        first = self.devices[0]
         if len(self.devices) == 1:
+            model.to(first)
             return
         count = len(model.get_submodule(_stack(layers)))
+        settled: set[nn.Module] = set()
         for name, module in _parts(model, layers):
             names = (f"{name}.{parameter}" for parameter, _ in module.named_parameters())
             place = next((places[full] for full in names if full in places), None)
-            if place is not None:
-                module.to(self.device_of(place, count))
-        run_where_weights_are(model, layers)
+            module.to(first if place is None else self.device_of(place, count))
+            settled.update(module.modules())
+        for module in model.modules():
+            if module not in settled:  # what has no weights, such as rotary embeddings
+                for key, buffer in module._buffers.items():
+                    module._buffers[key] = None if buffer is None else buffer.to(first)
+        run_where_weights_are(model, [module for _, module in _parts(model, layers)])
 
 
-def run_where_weights_are(model: Any, layers: str) -> None:
-    """Let each part of a model move its inputs to its own weights, and the model its logits to its inputs."""
+def layers_of(model: Any, layers: str) -> list[nn.Module]:
+    """Return a model's layers; `layers` as in `Spread.settle`."""
+    return list(model.get_submodule(_stack(layers)).children())
+
+
+def run_where_weights_are(model: Any, parts: Sequence[nn.Module]) -> None:
+    """Let parts of a model move their inputs to their own weights, and the model its logits to its inputs.
+
+    Args:
+        model: A causal language model of transformers.
+        parts: Modules with weights that do not do so yet.
+    """
     moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def shared(value: Any, device: torch.device) -> Any:
@@ -74,7 +90,7 @@ def run_where_weights_are(model: Any, layers: str) -> None:
         moved.clear()
         output.logits = output.logits.to(module.device)
 
-    for _, part in _parts(model, layers):
+    for part in parts:
         part.register_forward_pre_hook(enter, with_kwargs=True)
     model.register_forward_hook(leave)
 

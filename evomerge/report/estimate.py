@@ -32,13 +32,7 @@ def estimate(config: RunConfig, base_dir: Path) -> dict[str, Any]:
     first = next(iter(plan.checkpoints.values()))
     source_bytes = sum(checkpoint.nbytes for checkpoint in plan.checkpoints.values())
     state = plan.space.method.state_bytes * first.num_parameters * len(config.sources.models)
-    kept = state + (source_bytes if config.workers.device == "cuda" else 0)
-    budget = kept if config.workers.memory_gib is None else config.workers.memory_gib * 2**30
-    # Where paths are searched, every source is resident; a merge that is searched with them comes on top.
-    resident = source_bytes if config.space.kind in ("data_flow", "layer_edits") else first.nbytes
-    if config.space.kind == "joint":
-        resident += source_bytes
-    memory = resident + min(kept, budget)
+    memory, remade = _memory(config, state, source_bytes, first.nbytes)
     counts = {
         split: sum(len(ids) for ids in plan.document_sets().get(split, {}).values())
         for split in ("search", "select", "test")
@@ -62,7 +56,7 @@ def estimate(config: RunConfig, base_dir: Path) -> dict[str, Any]:
         "candidates": f"{config.budget.evaluations} searched after {len(plan.seeded)} baselines and starts",
         "memory per worker": f"{memory / 2**30:.2f} GiB, and {source_bytes / 2**30:.2f} GiB of mapped files",
         "prepared state": f"{state / 2**30:.2f} GiB"
-        + ("; what workers.memory_gib leaves out is made again for each candidate" if budget < kept else ""),
+        + ("; what workers.memory_gib leaves out is made again for each candidate" if remade else ""),
         "rough time of the search": f"{_hours(total['cpu'])} on CPUs, {_hours(total['cuda'])} on GPUs, "
         f"{workers} worker{'s' if workers != 1 else ''}",
     }
@@ -78,6 +72,24 @@ def estimate(config: RunConfig, base_dir: Path) -> dict[str, Any]:
         "source_bytes": source_bytes,
         "seconds_per_candidate": seconds,
     }
+
+
+def _memory(config: RunConfig, state: float, sources: int, model: int) -> tuple[float, bool]:
+    """Return the bytes of one worker, and whether the limit leaves out some of what is kept.
+
+    Args:
+        config: The run's.
+        state: Bytes of prepared state.
+        sources: Bytes of all sources.
+        model: Bytes of one of them.
+    """
+    kept = state + (sources if config.workers.device == "cuda" else 0)
+    budget = kept if config.workers.memory_gib is None else config.workers.memory_gib * 2**30
+    # Where paths are searched, every source is resident; a merge that is searched with them comes on top.
+    resident = sources if config.space.kind in ("data_flow", "layer_edits") else model
+    if config.space.kind == "joint":
+        resident += sources
+    return resident + min(kept, budget), budget < kept
 
 
 def _seconds(plan: Plan, documents: int, parameters: int, source_bytes: int) -> dict[str, float]:

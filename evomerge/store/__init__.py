@@ -5,7 +5,8 @@ One process at a time drives a run (`Store.create_run`, `Store.take_run`); any n
 """
 
 from evomerge.store.run import Run
+from evomerge.store.shapes import Asked, Counts, Event, Log, Snapshot
 from evomerge.store.store import Store
-from evomerge.store.view import Asked, Counts, Event, Log, RunView, Snapshot
+from evomerge.store.view import RunView
 
 __all__ = ["Asked", "Counts", "Event", "Log", "Run", "RunView", "Snapshot", "Store"]

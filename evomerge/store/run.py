@@ -14,6 +14,7 @@ from evomerge.errors import LostRunError, StoreError
 from evomerge.faults import reached
 from evomerge.records import Candidate, DocumentSet, Outcome
 from evomerge.store.connect import insist
+from evomerge.store.shapes import Snapshot
 from evomerge.store.tables import (
     ACTIVITY,
     CANDIDATES,
@@ -27,7 +28,7 @@ from evomerge.store.tables import (
     pack,
     squeeze,
 )
-from evomerge.store.view import RunView, Snapshot, snapshot_digest
+from evomerge.store.view import RunView, snapshot_digest
 
 if TYPE_CHECKING:
     from evomerge.store.store import Store

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, delete, func, insert, select
@@ -14,6 +14,7 @@ from evomerge.errors import ConflictError, MissingError, StoreError
 from evomerge.records import Candidate, Outcome
 from evomerge.store.connect import Result, insist
 from evomerge.store.owner import Owner
+from evomerge.store.shapes import Asked, Counts, Event, Log, Snapshot
 from evomerge.store.tables import (
     ACTIVITY,
     CANDIDATES,
@@ -41,79 +42,6 @@ _WITHOUT_RECIPE = ("number", "origin", "generation", "idx", "digest")
 
 RUN_ROW = select(RUNS, (now() - RUNS.c.heartbeat).label("silence"))
 """What a RunView is made of."""
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """An optimizer's state at one point of a run.
-
-    Attributes:
-        asked: How many proposals the optimizer had made; the next one has this index.
-        told: How many outcomes it had been told.
-        state: Its state as JSON data.
-    """
-
-    asked: int
-    told: int
-    state: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that happened in a run.
-
-    Attributes:
-        id: Its number in the run, from 1 without gaps.
-        at: When, in Unix seconds by the database's clock.
-        kind: What kind of thing, one word.
-        data: Details as JSON data.
-    """
-
-    id: int
-    at: float
-    kind: str
-    data: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A recorded proposal: its candidate, and how many outcomes the optimizer had been told before it."""
-
-    candidate: Candidate
-    told_before: int
-
-
-@dataclass(frozen=True, slots=True)
-class Log:
-    """What a resumed run replays.
-
-    Attributes:
-        asked: The optimizer's proposals in the order in which it made them.
-        told: The outcomes it was told, in the order in which it was told them.
-        waiting: Search outcomes of its proposals that it has not been told yet, by candidate number.
-    """
-
-    asked: tuple[Asked, ...]
-    told: tuple[Outcome, ...]
-    waiting: tuple[Outcome, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """How far a run has come.
-
-    Attributes:
-        candidates: How many it has.
-        outcomes: Split -> status -> how many outcomes; only pairs that occur.
-        best_candidate: The candidate with the best search score, the lowest number if several have it;
-            None before the first.
-        best_score: That score.
-    """
-
-    candidates: int
-    outcomes: Mapping[str, Mapping[str, int]]
-    best_candidate: int | None
-    best_score: float | None
 
 
 class RunView:
@@ -224,14 +152,18 @@ class RunView:
         return next((self._outcome(row) for row in self._rows(query)), None)
 
     def alike(self) -> list[int]:
-        """Return other runs of the store that score as this one: same tasks, libraries and workers."""
+        """Return other runs of the store that score as this one: same tasks, libraries and `workers` section.
+
+        Runs that are damaged in the store are passed over.
+        """
         rows = self._rows(select(RUNS.c.id, RUNS.c.config, RUNS.c.facts).where(RUNS.c.id != self.id))
         own = _scoring(self.config, self.facts)
         found = []
         for row in rows:
             what = f"run {row.id}"
-            if _scoring(unpack(row.config, what), unpack(row.facts, what)) == own:
-                found.append(int(row.id))
+            with suppress(StoreError):
+                if _scoring(unpack(row.config, what), unpack(row.facts, what)) == own:
+                    found.append(int(row.id))
         return found
 
     def log(self, after: Snapshot | None = None) -> Log:
@@ -406,10 +338,7 @@ def _outcomes(*where: ColumnElement[bool], values: bool = True) -> Select[Any]:
 
 
 def _scoring(config: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what a score depends on down to its last digit, besides the model."""
+    """Return what a score depends on besides the model, as far as a store knows: not the kind of machine."""
     workers = config.get("workers", {})
-    return (
-        facts.get("fitness"),
-        facts.get("versions"),
-        *(workers.get(key) for key in ("engine", "device", "dtype", "threads", "gpus", "tensor_parallel")),
-    )
+    arithmetic = ("engine", "device", "dtype", "cpus", "threads", "gpus", "tensor_parallel")
+    return facts.get("fitness"), facts.get("versions"), *(workers.get(key) for key in arithmetic)

@@ -284,6 +284,8 @@ class StoreContract:
         for number, other in enumerate(runs):
             other.add_candidates([(replace(make_candidate(k), digest=f"d{k}"), 0) for k in range(number + 1)])
             other.add_outcome(make_outcome(number), "f")
+        damaged = store.create_run("damaged", config, facts)
+        sql(store, "UPDATE runs SET facts = 'x' WHERE id = :id", id=damaged.id)
         last = store.create_run("last", {**config, "budget": 9}, facts)
         assert last.alike() == [runs[0].id]
         assert last.find_outcome("d0", "f", "search") is None

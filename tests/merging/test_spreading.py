@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from evomerge.checkpoints.layout import layout_of
+from evomerge.checkpoints.source import Checkpoint
 from evomerge.fitness.encoding import TokenRequest
 from evomerge.fitness.engine import Engine
 from evomerge.merging.live import LiveModel
 from evomerge.merging.spreading import Spread
 from evomerge.recipe import parse_recipe
 from evomerge.records import Place
+from tests.checkpoints.tiny import make_model
 from tests.merging.recipes import models, usual
 
 DEVICES = [["cpu", "cpu"], *([["cuda:0", "cpu"]] if torch.cuda.is_available() else [])]
@@ -37,14 +41,43 @@ def answers(live: LiveModel, kind: str) -> list[Any]:
     return [total for total, _ in engine.loglikelihoods(engine.plan(requests(kind)))]
 
 
+def hooks(live: LiveModel) -> int:
+    """Return how many entries the resident models' tables of hooks have."""
+    residents = [resident.model for resident, _ in live._residents.values()]
+    return sum(
+        len(table)
+        for model in residents
+        for module in model.modules()
+        for name, table in vars(module).items()
+        if "_hooks" in name and isinstance(table, dict)
+    )
+
+
 def test_layers_are_divided_equally_and_the_head_lies_with_the_last() -> None:
     spread = Spread(["cpu", "meta"])
     found = [spread.device_of(Place(f"l.{i}", "mlp", i, i / 4), 5).type for i in range(5)]
     assert found == ["cpu", "cpu", "cpu", "meta", "meta"]
     roles = {
-        role: spread.device_of(Place(role, role, None, 0.0), 5).type for role in ("embed", "norm", "head")
+        role: spread.device_of(Place(role, role, None, 0.0), 5).type for role in ("embedding", "norm", "head")
     }
-    assert roles == {"embed": "cpu", "norm": "meta", "head": "meta"}
+    assert roles == {"embedding": "cpu", "norm": "meta", "head": "meta"}
+
+
+def test_each_part_goes_to_its_device_and_runs_there(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m", layers=4)
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    layout = layout_of(Checkpoint.open(path))
+    # What has been on `meta` cannot come back: the second half must never have been there.
+    Spread(["meta", "cpu"]).settle(model, layout.layers, layout.places)
+    found = {name: tensor.device.type for name, tensor in model.named_parameters()}
+    assert found == {
+        name: "meta" if place.role == "embedding" or place.layer in (0, 1) else "cpu"
+        for name, place in layout.places.items()
+    }
+    hidden = torch.zeros(1, 3, model.config.hidden_size)
+    rotary = model.model.rotary_emb.to("cpu")(hidden, torch.arange(3)[None])
+    assert model.model.layers[0](hidden, position_embeddings=rotary).device.type == "meta"
+    assert model.model.layers[3](hidden, position_embeddings=rotary).device.type == "cpu"
 
 
 @pytest.mark.parametrize("devices", DEVICES, ids="+".join)
@@ -98,5 +131,9 @@ def test_layer_paths_run_over_several_devices(devices: list[str], tmp_path: Path
         live = LiveModel(everyone, checkpoints["a"], checkpoints["a"], device=device)
         live.apply(recipe)
         found.append((answers(live, "score"), answers(live, "generate")))
+        before = hooks(live)
+        for _ in range(3):
+            live.apply(recipe)
+        assert hooks(live) == before
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     assert found[1][1] == found[0][1]
