@@ -88,7 +88,7 @@ class Listener:
     def notice(self, text: str) -> None:
         """Print a line for people."""
         with _seen_or_not():
-            errors.print(text, markup=False)
+            errors.print(text, markup=False, soft_wrap=True)
 
     def __call__(self, step: Step) -> None:
         """Show one step."""
@@ -109,7 +109,7 @@ class Listener:
             self._bar.update(self._task, completed=step.done, total=step.total, line=line)
         elif now - self._shown > PLAIN_SECONDS or step.done == step.total:
             self._shown = now
-            errors.print(f"{step.phase:<10} {step.done}/{step.total}  {line}", markup=False)
+            errors.print(f"{step.phase:<10} {step.done}/{step.total}  {line}", markup=False, soft_wrap=True)
 
     @staticmethod
     def _line(step: Step, rate: float, left: float | None) -> str:
@@ -170,7 +170,7 @@ def training() -> Iterator[Callable[[str, int, int], None]]:
                 stages[name] = bar.add_task(name, total=total)
             bar.update(stages[name], completed=done)
             if not errors.is_terminal and (done == total or done % 50 == 0):
-                errors.print(f"training  {name} {done}/{total}", markup=False)
+                errors.print(f"training  {name} {done}/{total}", markup=False, soft_wrap=True)
 
         yield show
 
