@@ -75,7 +75,7 @@ def start(
     Raises:
         UserError: Something in the config does not work; the store is as it was.
     """
-    if any(run.name == config.name for run in store.runs()):
+    if store.find(config.name) is not None:
         raise StoreError(
             f'run "{config.name}" exists already; go on with it by `evomerge resume {config.name}`, '
             "or choose another name with --name"

@@ -68,8 +68,7 @@ class Search:
         self._races = None if racing is None else Races(racing.rungs, racing.error)
         self._notes = {
             event.data.get("note", event.data.get("reason"))
-            for kind in ("optimizer", "optimizer_finished")
-            for event in run.events(kind=kind)
+            for event in run.events(kind=("optimizer", "optimizer_finished"))
         }
         self._recorded: set[str] = set()
         # What a callable does is not all in its file, so another run may have done something else; seconds

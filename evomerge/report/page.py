@@ -85,9 +85,7 @@ def _context(summary: Summary) -> dict[str, Any]:
     recipe = _recipe(summary)
     # Of a path, what is left to show over depth is the merge that it runs through, if it is one.
     merge = recipe.reference.recipe if recipe and recipe.path else recipe
-    events = [
-        e for kind in ("drift_accepted", "started", "optimizer_finished") for e in run.events(kind=kind)
-    ]
+    events = run.events(kind=("drift_accepted", "started", "optimizer", "optimizer_finished"))
     return {
         **data,
         "verdict": summary.verdict,

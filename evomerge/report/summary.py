@@ -174,7 +174,7 @@ class Summary:
     def optimizer_lines(self) -> list[str]:
         """Return what the optimizer did by itself: restarts, plateaus, and why it ended, if it did."""
         told = {"optimizer": "note", "optimizer_finished": "reason"}
-        return [f"optimizer: {e.data[told[e.kind]]}" for e in self.run.events() if e.kind in told]
+        return [f"optimizer: {e.data[told[e.kind]]}" for e in self.run.events(kind=told)]
 
     def evaluation(self) -> dict[str, float]:
         """Return what scoring took over all outcomes: tokens, documents, and what was saved.

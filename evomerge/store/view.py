@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
@@ -229,17 +229,19 @@ class RunView:
     def _snapshot_damaged(self, sequence: int, why: str) -> None:
         _log.warning('run "%s": snapshot %d is damaged (%s); using the one before', self.name, sequence, why)
 
-    def events(self, after: int = 0, *, kind: str | None = None, limit: int | None = None) -> list[Event]:
+    def events(
+        self, after: int = 0, *, kind: str | Collection[str] | None = None, limit: int | None = None
+    ) -> list[Event]:
         """Return the events whose id is above `after`, in order.
 
         Args:
             after: The id.
-            kind: Only those of this kind; None: all.
+            kind: Only those of this kind or these kinds; None: all.
             limit: At most so many; None: all.
         """
         query = select(EVENTS).where(EVENTS.c.run_id == self.id, EVENTS.c.id > after)
         if kind is not None:
-            query = query.where(EVENTS.c.kind == kind)
+            query = query.where(EVENTS.c.kind.in_([kind] if isinstance(kind, str) else list(kind)))
         return [
             Event(row.id, row.at, row.kind, unpack(row.data, f'run "{self.name}": event {row.id}'))
             for row in self._rows(query.order_by(EVENTS.c.id).limit(limit))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import wandb
 
+from evomerge.checkpoints.whole import write_whole
 from evomerge.records import Candidate
 from evomerge.trackers.base import Ending, Scored, TrackedRun, Tracker
 from evomerge.trackers.targets import Target
@@ -60,7 +60,7 @@ class WandbRun(Tracker):
             self._run.log({**entry.metrics, "candidate": entry.candidate.number})
         if scored:
             self._mark.parent.mkdir(parents=True, exist_ok=True)
-            _write(self._mark, json.dumps({"outcomes": scored[-1].step}))
+            write_whole(self._mark, json.dumps({"outcomes": scored[-1].step}).encode())
 
     def finished(self, ending: Ending) -> None:
         """Put the result into the run's summary."""
@@ -74,11 +74,3 @@ class WandbRun(Tracker):
         if self._run is not None:
             self._run.finish()
             self._run = None
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file, all or nothing."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(name, path)

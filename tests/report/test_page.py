@@ -243,6 +243,23 @@ def test_nothing_a_run_holds_becomes_markup(store: Store) -> None:
     assert "ended with an error" in read.text
 
 
+def test_what_the_optimizer_did_by_itself_is_told(store: Store) -> None:
+    made = Made(store, name="told", counts=FEW, sources=("math",))
+    baselines, searched = made.baselines(), made.search(4)
+    made.run.add_event("optimizer", {"note": "restarted with 16 candidates: a plateau"})
+    made.finish(baselines, searched)
+    made.run.add_event("optimizer_finished", {"reason": "nothing to climb"})
+    made.run.release("finished")
+    view = store.run("told")
+    assert Summary(view).optimizer_lines() == [
+        "optimizer: restarted with 16 candidates: a plateau",
+        "optimizer: nothing to climb",
+    ]
+    text = Reader(render(view)).text
+    assert "restarted with 16 candidates: a plateau" in text
+    assert "nothing to climb" in text
+
+
 def test_no_baselines(store: Store) -> None:
     made = Made(store, name="alone", counts=FEW, space={"method": "linear"})
     searched = made.search(10)
