@@ -17,7 +17,7 @@ import pytest
 from evomerge.drive import make_pool
 from evomerge.store import Store
 from tests.contracts.pool import jobs_of, plan_of, run_all
-from tests.e2e.world import evomerge, make_world, start, wait_for_outcomes, write_config
+from tests.e2e.world import evomerge, make_world, start_anew, wait_for_outcomes, write_config
 from tests.postgres import PrivatePostgres
 
 pytestmark = [pytest.mark.ray, pytest.mark.postgres]
@@ -93,7 +93,7 @@ def workers_of(store: str, name: str) -> int:
 
 
 def test_a_run_outlives_nodes_and_drivers_and_is_exported(world: Path, store: str, cluster: Any) -> None:
-    driver = start(world, "run", "config.yaml", "--store", store)
+    driver = start_anew(world, "run", "config.yaml", "--store", store)
     assert wait_for_outcomes(driver, store, "small", 4), driver.stderr.read()
     eventually(lambda: workers_of(store, "small") == 2)
     lost = cluster.list_all_nodes()[-1]
@@ -120,7 +120,7 @@ def test_a_run_outlives_nodes_and_drivers_and_is_exported(world: Path, store: st
 
 def test_runs_that_take_all_share_equally_and_take_back(world: Path, store: str) -> None:
     many = ("--set", "budget.evaluations=1000", "--set", "output.report=false")
-    first = start(world, "run", "config.yaml", "--name", "first", "--store", store, *many)
+    first = start_anew(world, "run", "config.yaml", "--name", "first", "--store", store, *many)
     try:
         assert wait_for_outcomes(first, store, "first", 2), first.stderr.read()
         eventually(lambda: workers_of(store, "first") == 2)

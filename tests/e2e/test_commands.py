@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evomerge.cli import main
 from evomerge.store import Store
-from tests.e2e.world import TASKS, evomerge, make_world, write_config
+from tests.e2e.world import TASKS, evomerge, evomerge_anew, make_world, write_config
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A world with one finished run, its report and its exported winner."""
     folder = make_world(tmp_path_factory.mktemp("world"))
     write_config(folder, fitness=TASKS, output={"report": True, "export": True})
-    done = evomerge(folder, "run", "config.yaml", "--json")
+    done = evomerge_anew(folder, "run", "config.yaml", "--json")
     assert done.returncode == 0, done.stderr
     (folder / "run.json").write_text(done.stdout)
     return folder

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,6 @@ from tests.e2e.world import evomerge, history, make_world, start, wait_for_outco
 FITNESS = '''
 """Fitness for models of any number of layers: how near their answers are to a target."""
 
-import os
 import time
 
 import torch
@@ -156,8 +153,7 @@ def test_a_killed_run_of_paths_ends_as_if_it_had_never_been_killed(
     store = tmp_path / "killed.db"
     process = start(world, "run", file, "--store", str(store), env={"FITNESS_SECONDS": "0.15"})
     assert wait_for_outcomes(process, store, "killed", 9)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
     call("resume", "killed", "--store", str(store))
     assert history(store, "killed") == history(world / "whole.db", "killed")
 

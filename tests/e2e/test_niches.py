@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ from evomerge.plan import Plan
 from evomerge.records import Proposal
 from evomerge.store import Store
 from tests.checkpoints.tiny import make_llama
-from tests.e2e.test_resume import SLOW, kill
-from tests.e2e.world import evomerge, history, make_world, start, wait_for_outcomes, write_config
+from tests.e2e.test_resume import SLOW
+from tests.e2e.world import evomerge, history, make_world, start, start_anew, wait_for_outcomes, write_config
 
 SEGMENTS = {
     "name": "seg",
@@ -44,8 +46,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_and_resumed_it_ends_as_if_nothing_had_happened(world: Path, tmp_path: Path) -> None:
     store = str(tmp_path / "killed.db")
     process = start(world, "run", "seg.yaml", "--store", store, env=SLOW)
-    assert wait_for_outcomes(process, store, "seg", 17), process.stderr.read()
-    kill(process)
+    assert wait_for_outcomes(process, store, "seg", 17), process.said()
+    process.kill()
     done = evomerge(world, "resume", "seg", "--store", store)
     assert done.returncode == 0, done.stderr
     assert history(store, "seg") == history(world / "whole.db", "seg")
@@ -83,9 +85,10 @@ def test_two_workers_are_recorded_in_order_of_arrival_and_resumed(world: Path, t
         world, "two.yaml", **{**SEGMENTS, "name": "two"}, workers={"pool": "ray", "count": 2, "threads": 1}
     )
     store = str(tmp_path / "two.db")
-    process = start(world, "run", "two.yaml", "--store", store, env=SLOW)
+    process = start_anew(world, "run", "two.yaml", "--store", store, env=SLOW)
     assert wait_for_outcomes(process, store, "two", 14), process.stderr.read()
-    kill(process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
     before = history(store, "two")
     done = evomerge(world, "resume", "two", "--store", store, "--set", "workers.pool=inline")
     assert done.returncode == 0, done.stderr

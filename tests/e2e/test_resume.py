@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import pytest
 from tests.e2e.world import (
     TASKS,
     evomerge,
+    evomerge_anew,
     history,
     make_world,
     outcomes_in,
     start,
+    start_anew,
     wait_for_outcomes,
     write_config,
 )
@@ -37,11 +40,6 @@ def undisturbed(world: Path) -> dict[str, object]:
     return history(world / "undisturbed.db", "small")
 
 
-def kill(process: object) -> None:
-    os.killpg(process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
-    process.wait()  # type: ignore[attr-defined]
-
-
 def killed_and_resumed(world: Path, store: str, moments: list[int], log: Path) -> int:
     """Run, kill whenever so many outcomes are recorded, resume to the end; return the number of kills."""
     env = {**SLOW, "FITNESS_LOG": str(log)}
@@ -49,8 +47,8 @@ def killed_and_resumed(world: Path, store: str, moments: list[int], log: Path) -
     kills = 0
     for moment in moments:
         process = start(world, *arguments, env=env)
-        assert wait_for_outcomes(process, store, "small", moment), process.stderr.read()
-        kill(process)
+        assert wait_for_outcomes(process, store, "small", moment), process.said()
+        process.kill()
         kills += 1
         arguments = ("resume", "small", "--store", store)
     done = evomerge(world, *arguments, env={"FITNESS_LOG": str(log)})
@@ -87,10 +85,10 @@ def test_ctrl_c_finishes_what_runs_and_resume_goes_on_to_the_same_end(
     process = start(world, "run", "config.yaml", "--store", str(store), env=SLOW)
     assert wait_for_outcomes(process, store, "small", 8)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    assert "stopped" in out
-    assert "Traceback" not in err
+    done = process.end()
+    assert done.returncode == 130, done.stderr
+    assert "stopped" in done.stdout
+    assert "Traceback" not in done.stderr
     assert history(store, "small")["status"] == "stopped"
     done = evomerge(world, "resume", "small", "--store", str(store))
     assert done.returncode == 0, done.stderr
@@ -102,9 +100,11 @@ def test_ctrl_c_twice_stops_at_once(world: Path, undisturbed: dict[str, object],
     process = start(world, "run", "config.yaml", "--store", str(store), env={"FITNESS_SECONDS": "5"})
     assert wait_for_outcomes(process, store, "small", 1)
     os.killpg(process.pid, signal.SIGINT)
-    process.stderr.readline()
+    while "stopping after the candidates that are running" not in process.said():
+        assert process.poll() is None
+        time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
+    process.end()
     assert history(store, "small")["status"] == "stopped"
     done = evomerge(world, "resume", "small", "--store", str(store))
     assert done.returncode == 0, done.stderr
@@ -168,8 +168,8 @@ def test_a_second_driver_is_refused(world: Path, tmp_path: Path) -> None:
         assert again.returncode == 2
         assert "exists already" in again.stderr
     finally:
-        process.communicate(timeout=120)
-    assert process.returncode == 0
+        ended = process.end()
+    assert ended.returncode == 0
 
 
 def test_a_steady_state_optimizer_resumes_from_its_history(world: Path, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_steady_state_optimizer_resumes_from_its_history(world: Path, tmp_path
     assert evomerge(world, "run", "tpe.yaml", "--store", whole).returncode == 0
     process = start(world, "run", "tpe.yaml", "--store", killed, env=SLOW)
     assert wait_for_outcomes(process, killed, "tpe", 11)
-    kill(process)
+    process.kill()
     done = evomerge(world, "resume", "tpe", "--store", killed)
     assert done.returncode == 0, done.stderr
     assert history(killed, "tpe") == history(whole, "tpe")
@@ -192,7 +192,7 @@ def test_fresh_documents_for_each_generation_are_drawn_again_alike_on_resume(
     assert evomerge(world, "run", "draws.yaml", "--store", whole).returncode == 0
     process = start(world, "run", "draws.yaml", "--store", killed)
     assert wait_for_outcomes(process, killed, "draws", 9)
-    kill(process)
+    process.kill()
     done = evomerge(world, "resume", "draws", "--store", killed)
     assert done.returncode == 0, done.stderr
     assert history(killed, "draws") == history(whole, "draws")
@@ -211,7 +211,7 @@ def test_races_are_set_again_alike_on_resume_and_who_lost_one_does_not_win(
     assert evomerge(world, "run", "races.yaml", "--store", whole).returncode == 0
     process = start(world, "run", "races.yaml", "--store", killed)
     assert wait_for_outcomes(process, killed, "races", 11)
-    kill(process)
+    process.kill()
     done = evomerge(world, "resume", "races", "--store", killed)
     assert done.returncode == 0, done.stderr
     assert history(killed, "races") == history(whole, "races")
@@ -236,11 +236,11 @@ def test_ray_workers_give_the_same_run_and_survive_a_kill(world: Path, tmp_path:
     inline, killed = str(tmp_path / "inline.db"), str(tmp_path / "killed.db")
     done = evomerge(world, "run", "ray.yaml", "--store", inline, "--set", "workers.pool=inline")
     assert done.returncode == 0, done.stderr
-    process = start(world, "run", "ray.yaml", "--store", killed)
+    process = start_anew(world, "run", "ray.yaml", "--store", killed)
     assert wait_for_outcomes(process, killed, "ray", 9), process.stderr.read()
     process.kill()
     process.wait()
     assert outcomes_in(killed, "ray") >= 9
-    done = evomerge(world, "resume", "ray", "--store", killed, "--workers", "1")
+    done = evomerge_anew(world, "resume", "ray", "--store", killed, "--workers", "1")
     assert done.returncode == 0, done.stderr
     assert history(killed, "ray") == history(inline, "ray")

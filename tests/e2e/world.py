@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import yaml
 
 from evomerge.store import RunView, Store
 from tests.checkpoints.tiny import make_llama
+from tests.nursery import Done, Nursery
 
 FUNCTION = '''
 """Fitness without any task: how near a few weights are to a target, one value per document."""
@@ -140,8 +142,15 @@ def command(*arguments: str | Path) -> list[str]:
 
 def evomerge(
     folder: Path, *arguments: str | Path, env: dict[str, str] | None = None, timeout: float = 300
+) -> Done:
+    """Run `evomerge` in a folder and wait for it; forked from a process that has everything loaded."""
+    return Nursery(folder).run(*arguments, env=env, timeout=timeout)
+
+
+def evomerge_anew(
+    folder: Path, *arguments: str | Path, env: dict[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Run `evomerge` in a folder and wait for it."""
+    """Run `evomerge` in a folder and wait for it, in an interpreter of its own: as users do, and slowly."""
     return subprocess.run(
         command(*arguments),
         cwd=folder,
@@ -153,8 +162,53 @@ def evomerge(
     )
 
 
-def start(folder: Path, *arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """Start `evomerge` in a folder, in a session of its own."""
+class Started:
+    """A command that runs, forked as by `evomerge`; it leads a session and a group of processes.
+
+    Attributes:
+        pid: Its process.
+        returncode: How it ended; None as long as nobody has seen that it did.
+    """
+
+    def __init__(self, folder: Path, *arguments: str | Path, env: dict[str, str] | None = None) -> None:
+        self._nursery = Nursery(folder)
+        self._done: Done | None = None
+        self.pid = self._nursery.start(*arguments, env=env)
+
+    @property
+    def returncode(self) -> int | None:
+        return None if self._done is None else self._done.returncode
+
+    def poll(self) -> int | None:
+        """Return how it ended; None while it runs."""
+        self._done = self._done or self._nursery.ended(self.pid)
+        return self.returncode
+
+    def said(self) -> str:
+        """Return what it has written on its standard error by now."""
+        return self._nursery.printed(self.pid)[1] if self._done is None else self._done.stderr
+
+    def kill(self) -> None:
+        """End it and all its group by SIGKILL, and wait for that."""
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+        self.end()
+
+    def end(self, timeout: float = 120.0) -> Done:
+        """Wait for its end."""
+        self._done = self._done or self._nursery.wait(self.pid, timeout)
+        return self._done
+
+
+def start(folder: Path, *arguments: str | Path, env: dict[str, str] | None = None) -> Started:
+    """Start `evomerge` in a folder; forked from a process that has everything loaded."""
+    return Started(folder, *arguments, env=env)
+
+
+def start_anew(
+    folder: Path, *arguments: str | Path, env: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """Start `evomerge` in a folder, in an interpreter and a session of its own."""
     return subprocess.Popen(
         command(*arguments),
         cwd=folder,
@@ -175,7 +229,9 @@ def outcomes_in(store: str | Path, name: str) -> int:
         return 0
 
 
-def wait_for_outcomes(process: subprocess.Popen[str], store: str | Path, name: str, count: int) -> bool:
+def wait_for_outcomes(
+    process: Started | subprocess.Popen[str], store: str | Path, name: str, count: int
+) -> bool:
     """Wait until a run has so many outcomes; return False if the process ended before."""
     end = time.monotonic() + 240
     while time.monotonic() < end:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.faults.killing import Undisturbed
-from tests.faults.nursery import Nursery
 from tests.faults.promises import Book
 from tests.faults.runs import make_fault_world
+from tests.nursery import Nursery
 from tests.postgres import PrivatePostgres
 
 BOOK = pytest.StashKey[Book]()
@@ -60,9 +60,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def nursery(world: Path) -> Iterator[Nursery]:
-    with Nursery(world) as started:
-        yield started
+def nursery(world: Path) -> Nursery:
+    return Nursery(world)
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.histories import lost, recorded, repeated, whole_history
-from tests.faults.nursery import Done, Nursery
 from tests.faults.runs import write_pair
+from tests.nursery import Done, Nursery
 
 
 @dataclass

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from evomerge.store import Store
-from tests.e2e.world import start, wait_for_outcomes
+from tests.e2e.world import start_anew, wait_for_outcomes
 from tests.faults.histories import whole_history
 from tests.faults.killing import finished, one_line
-from tests.faults.nursery import Nursery
+from tests.nursery import Nursery
 from tests.store.load import sql
 
 NAME = "cma_es-parameter"
@@ -78,7 +78,7 @@ def test_a_wall_clock_that_jumps_by_days_changes_nothing(
     clock.write_text("0")
     store = tmp_path / "store.db"
     env = {"LD_PRELOAD": str(library), "CLOCK_FILE": str(clock), "FITNESS_SECONDS": "0.1"}
-    process = start(world, "run", f"{NAME}.yaml", "--store", store, env=env)
+    process = start_anew(world, "run", f"{NAME}.yaml", "--store", store, env=env)
     for outcomes, jump in ((4, DAY), (8, -DAY), (12, 2 * DAY)):
         assert wait_for_outcomes(process, store, NAME, outcomes)
         clock.write_text(str(jump))

@@ -24,11 +24,11 @@ from evomerge.progress import Progress
 from evomerge.store import Store
 from evomerge.workers.pool import Job
 from tests.contracts.pool import run_all
-from tests.e2e.world import start, write_config
+from tests.e2e.world import start_anew, write_config
 from tests.faults.histories import whole_history, without_order
 from tests.faults.killing import finished
-from tests.faults.nursery import Nursery
 from tests.faults.promises import Book
+from tests.nursery import Nursery
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -365,7 +365,7 @@ def test_a_ray_of_our_own_that_dies_is_started_again(
 ) -> None:
     store = tmp_path / "store.db"
     overrides = [part for one in ("pool=ray", "count=2") for part in ("--set", f"workers.{one}")]
-    process = start(world, "run", "steered.yaml", "--store", store, *overrides)
+    process = start_anew(world, "run", "steered.yaml", "--store", store, *overrides)
     try:
         _, what = steer.one()
         killed = parts_of(process, *names)
@@ -398,7 +398,7 @@ def test_a_cluster_whose_head_dies_stops_the_run_in_one_line(
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         settings = ("pool=ray", "count=1", f"ray_address={made.address}")
         overrides = [part for one in settings for part in ("--set", f"workers.{one}")]
-        process = start(world, "run", "steered.yaml", "--store", store, *overrides)
+        process = start_anew(world, "run", "steered.yaml", "--store", store, *overrides)
         try:
             steer.one()
             psutil.Process(made.head_node.all_processes["gcs_server"][0].process.pid).kill()
@@ -440,7 +440,7 @@ def test_a_driver_with_ray_that_is_killed_leaves_nothing_and_goes_on(
 
     store = tmp_path / "store.db"
     overrides = [part for one in ("pool=ray", "count=2") for part in ("--set", f"workers.{one}")]
-    process = start(world, "run", "steered.yaml", "--store", store, *overrides)
+    process = start_anew(world, "run", "steered.yaml", "--store", store, *overrides)
     steer.run()
     until(lambda: len(steer.log()) > 1, "first evaluation")
     time.sleep(float(stream(0, "driver killed", kill).uniform(0, 1.0)))

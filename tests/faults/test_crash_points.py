@@ -14,9 +14,9 @@ from evomerge.store import Store
 from tests.e2e.world import TASKS, write_config
 from tests.faults.histories import repeated, whole_history
 from tests.faults.killing import finished
-from tests.faults.nursery import Nursery
 from tests.faults.promises import Book
 from tests.faults.runs import OPTIMIZERS, SPACES
+from tests.nursery import Nursery
 
 NAME = "points"
 

@@ -11,8 +11,8 @@ import pytest
 
 from tests.faults.histories import repeated, whole_history
 from tests.faults.killing import finished, one_line
-from tests.faults.nursery import Nursery
 from tests.faults.promises import Book
+from tests.nursery import Nursery
 from tests.postgres import PrivatePostgres, fresh_schema
 
 pytestmark = pytest.mark.postgres

@@ -10,9 +10,9 @@ from _pytest.mark import ParameterSet
 from evomerge.seeding import stream
 from tests.faults.histories import replay, whole_history, without_order
 from tests.faults.killing import Undisturbed, run_killed
-from tests.faults.nursery import Nursery
 from tests.faults.promises import Book
 from tests.faults.runs import COVERING, GENERATIONAL, PAIRS
+from tests.nursery import Nursery
 from tests.postgres import fresh_schema
 
 

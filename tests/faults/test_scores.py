@@ -10,9 +10,9 @@ import pytest
 from evomerge.store import Store
 from tests.e2e.world import write_config
 from tests.faults.killing import finished
-from tests.faults.nursery import Nursery
 from tests.faults.promises import Book
 from tests.faults.runs import ODD
+from tests.nursery import Nursery
 
 INVALID = ("nan", "inf", "minus inf", "huge")
 GOOD = ("numpy", "long")

@@ -19,8 +19,8 @@ from evomerge.seeding import stream
 from evomerge.store import Store
 from tests.faults.histories import lost, recorded, repeated, whole_history
 from tests.faults.killing import finished, one_line
-from tests.faults.nursery import Nursery
 from tests.faults.promises import Book
+from tests.nursery import Nursery
 from tests.store.load import sql
 
 NAME = "cma_es-parameter"

@@ -30,9 +30,12 @@ def ranked(changes: Array) -> npt.NDArray[np.int64]:
 
 def near_others(changes: Array) -> npt.NDArray[np.bool_]:
     """Return which changes are so near to another that rounding decides between them; zeros are equal."""
-    gaps = np.abs(changes[:, None] - changes[None, :])
-    np.fill_diagonal(gaps, np.inf)
-    return ((gaps < 1e-12) & ((changes[:, None] != 0) | (changes[None, :] != 0))).any(1)
+    order = np.argsort(changes)
+    gaps = np.diff(changes[order], prepend=-np.inf, append=np.inf)
+    near = np.empty(changes.size, dtype=bool)
+    near[order] = np.minimum(gaps[:-1], gaps[1:]) < 1e-12
+    least = changes[changes != 0].min(initial=np.inf)  # changes are never negative
+    return np.where(changes == 0, least < 1e-12, near)
 
 
 def scores_of(significance: Array, average: Array, case: Case) -> Array:

@@ -12,7 +12,7 @@ from evomerge.drive import make_pool, start
 from evomerge.errors import ConfigError, UserError, redacted
 from evomerge.plan import Plan
 from evomerge.store import Store
-from tests.e2e.world import evomerge, make_world, write_config
+from tests.e2e.world import evomerge, evomerge_anew, make_world, write_config
 
 HUB, PASSWORD = "hf_" + "Qz7" * 11, "p4ss-W0rd!"
 URL = f"postgresql://me:{PASSWORD}@127.0.0.1:1/runs"
@@ -42,7 +42,7 @@ def telling(model, tokenizer, request):
         output={"report": True, "export": True},
     )
     environment = {"HF_TOKEN": HUB, "HUGGING_FACE_HUB_TOKEN": HUB, "PGPASSWORD": PASSWORD}
-    done = evomerge(world, "run", "config.yaml", "--store", "runs/s.db", env=environment)
+    done = evomerge_anew(world, "run", "config.yaml", "--store", "runs/s.db", env=environment)
     assert done.returncode == 0, done.stderr
     shown = evomerge(world, "show", "small", "--store", "runs/s.db", env=environment)
     assert "cannot reach postgresql://me:***@127.0.0.1:1/runs with hf_***" in shown.stdout.replace("\n", " ")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 
 import optuna
@@ -26,8 +24,7 @@ def test_a_run_is_followed_through_death_and_resume(world: Path) -> None:
     write_config(world, "live.yaml", name="live", trackers=["optuna:live.optuna"])
     killed = start(world, "run", "live.yaml", "--store", "live.db", env={"FITNESS_SECONDS": "0.3"})
     assert wait_for_outcomes(killed, world / "live.db", "live", 10)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    killed.kill()
     done = evomerge(world, "resume", "live", "--store", "live.db")
     assert done.returncode == 0, done.stderr
     study = optuna.load_study(study_name="live", storage=f"sqlite:///{world}/live.optuna")
