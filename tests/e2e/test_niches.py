@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from evomerge.records import Proposal
 from evomerge.store import Store
 from tests.checkpoints.tiny import make_llama
 from tests.e2e.test_resume import SLOW
-from tests.e2e.world import evomerge, history, make_world, start, start_anew, wait_for_outcomes, write_config
+from tests.e2e.world import evomerge, history, make_world, start, wait_for_outcomes, write_config
 
 SEGMENTS = {
     "name": "seg",
@@ -77,26 +75,6 @@ def test_the_exported_model_is_the_table_over_the_sources(world: Path, tmp_path:
         want = sum(factors[:, i] * source[name].flatten().double() for i, source in enumerate(sources))
         torch.testing.assert_close(found[name].flatten().double(), want, rtol=1e-6, atol=1e-8)
         filled[table] += size
-
-
-@pytest.mark.ray
-def test_two_workers_are_recorded_in_order_of_arrival_and_resumed(world: Path, tmp_path: Path) -> None:
-    write_config(
-        world, "two.yaml", **{**SEGMENTS, "name": "two"}, workers={"pool": "ray", "count": 2, "threads": 1}
-    )
-    store = str(tmp_path / "two.db")
-    process = start_anew(world, "run", "two.yaml", "--store", store, env=SLOW)
-    assert wait_for_outcomes(process, store, "two", 14), process.stderr.read()
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    before = history(store, "two")
-    done = evomerge(world, "resume", "two", "--store", store, "--set", "workers.pool=inline")
-    assert done.returncode == 0, done.stderr
-    after = history(store, "two")
-    assert after["candidates"][: len(before["candidates"])] == before["candidates"]
-    assert after["status"] == "finished"
-    living = {one["candidate"] for one in population(world, "two", store)["individuals"]}
-    assert living == replayed(world, store, "two")
 
 
 def replayed(world: Path, store: str, name: str) -> set[int]:

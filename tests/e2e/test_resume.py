@@ -14,12 +14,9 @@ import pytest
 from tests.e2e.world import (
     TASKS,
     evomerge,
-    evomerge_anew,
     history,
     make_world,
-    outcomes_in,
     start,
-    start_anew,
     wait_for_outcomes,
     write_config,
 )
@@ -225,22 +222,3 @@ def test_races_are_set_again_alike_on_resume_and_who_lost_one_does_not_win(
     assert shown["evaluation"]["stopped"] == len(stopped)
     assert shown["evaluation"]["skipped_documents"] == 40 * len(stopped)
     assert shown["failures"] == 0
-
-
-@pytest.mark.ray
-def test_ray_workers_give_the_same_run_and_survive_a_kill(world: Path, tmp_path: Path) -> None:
-    """Two workers, tasks as fitness: killed with its Ray, resumed with one worker, equal to inline."""
-    write_config(
-        world, "ray.yaml", name="ray", fitness=TASKS, workers={"pool": "ray", "count": 2, "threads": 1}
-    )
-    inline, killed = str(tmp_path / "inline.db"), str(tmp_path / "killed.db")
-    done = evomerge(world, "run", "ray.yaml", "--store", inline, "--set", "workers.pool=inline")
-    assert done.returncode == 0, done.stderr
-    process = start_anew(world, "run", "ray.yaml", "--store", killed)
-    assert wait_for_outcomes(process, killed, "ray", 9), process.stderr.read()
-    process.kill()
-    process.wait()
-    assert outcomes_in(killed, "ray") >= 9
-    done = evomerge_anew(world, "resume", "ray", "--store", killed, "--workers", "1")
-    assert done.returncode == 0, done.stderr
-    assert history(killed, "ray") == history(inline, "ray")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,25 @@ class Book:
                 entry.most[shown] = max(entry.most.get(shown, 0.0), value)
             else:
                 entry.sums[shown] = entry.sums.get(shown, 0) + value
+
+    def add(self, other: Book) -> None:
+        """Add what another book says."""
+        for name, more in other.entries.items():
+            entry = self.entry(name)
+            entry.tried += more.tried
+            entry.held += more.held
+            self.report(name, lost=more.lost, **more.sums, **more.most)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {name: asdict(entry) for name, entry in self.entries.items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Return the book of `to_json`."""
+        book = cls()
+        book.entries = {name: Entry(**entry) for name, entry in data.items()}
+        return book
 
     def lines(self) -> Iterable[str]:
         """Yield the table."""
