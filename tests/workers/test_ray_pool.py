@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,12 +38,14 @@ class TestRayPool(PoolContract):
 
 def workers_of(pool: Pool) -> list[int]:
     """Return the process ids of a Ray pool's actors."""
-    names = [
-        p
-        for p in psutil.process_iter(["pid", "cmdline"])
-        if "ray::_Actor" in " ".join(p.info["cmdline"] or [])
-    ]
-    return [p.pid for p in names]
+    return [process.pid for process in psutil.Process().children(recursive=True) if is_worker(process)]
+
+
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return "ray::_Actor" in " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
 
 
 def test_each_worker_has_its_next_job_at_hand(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -141,15 +143,10 @@ def test_closing_leaves_no_worker_behind(world: Path) -> None:
     assert workers_of(pool)
     pool.close(kill=True)
     pool.close()
-    found = subprocess.run(["pgrep", "-fc", "ray::_Actor"], capture_output=True, text=True, check=False)
-    deadline = 50
-    while found.stdout.strip() != "0" and deadline:
-        import time
-
+    end = time.monotonic() + 30
+    while workers_of(pool) and time.monotonic() < end:
         time.sleep(0.1)
-        deadline -= 1
-        found = subprocess.run(["pgrep", "-fc", "ray::_Actor"], capture_output=True, text=True, check=False)
-    assert found.stdout.strip() == "0"
+    assert workers_of(pool) == []
 
 
 def test_a_source_that_is_cut_off_while_it_is_mapped_stops_the_run_with_its_name(world: Path) -> None:
