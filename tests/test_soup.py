@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from evomerge.checkpoints.source import Checkpoint
 from evomerge.config import read_config
 from evomerge.recipe import read_recipe
 from evomerge.soup import choose_soup, write_soup
-from tests.e2e.world import make_world
+from tests.e2e.world import evomerge, make_world
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 
@@ -65,14 +63,15 @@ def test_greedy_leaves_out_what_does_not(world: Path) -> None:
 
 
 def test_command(world: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "evomerge", "soup", "config.yaml", str(tmp_path / "out")]
-    run = subprocess.run([*command, "--json"], cwd=world, capture_output=True, text=True, check=True)
+    command = ("soup", "config.yaml", tmp_path / "out")
+    run = evomerge(world, *command, "--json")
+    assert run.returncode == 0, run.stderr
     data = json.loads(run.stdout)
     assert data["chosen"] == ["one", "two"]
     assert data["select"]["gain"]["mean"] > 0
-    again = subprocess.run(command, cwd=world, capture_output=True, text=True, check=False)
+    again = evomerge(world, *command)
     assert again.returncode == 2
     assert "exists already" in again.stderr
-    other = [*command[:-1], str(tmp_path / "uniform"), "--kind", "uniform"]
-    run = subprocess.run(other, cwd=world, capture_output=True, text=True, check=True)
+    run = evomerge(world, *command[:-1], tmp_path / "uniform", "--kind", "uniform")
+    assert run.returncode == 0, run.stderr
     assert "uniform soup of all 2 sources" in run.stdout

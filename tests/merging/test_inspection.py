@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from evomerge.checkpoints.source import Checkpoint
 from evomerge.errors import SourceError
 from evomerge.merging.inspection import check_sources, inspect_sources
 from tests.checkpoints.tiny import make_model
+from tests.e2e.world import evomerge
 
 SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 FILE = "model.safetensors"
@@ -175,14 +174,16 @@ def test_command_prints_tables_and_json(tmp_path: Path) -> None:
     base = made(tmp_path / "base")
     tuned(base, tmp_path / "a")
     locked(base, tmp_path / "b")
-    command = [sys.executable, "-m", "evomerge", "inspect", "a", "b", "--base", "base"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    command = ("inspect", "a", "b", "--base", "base")
+    run = evomerge(tmp_path, *command)
+    assert run.returncode == 0, run.stderr
     assert "a against base: fits" in run.stdout
     assert "b against base: locked" in run.stdout
     assert "cosine of deltas" in run.stdout
     assert "re-parameterised" in run.stderr
-    run = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    run = evomerge(tmp_path, *command, "--json")
+    assert run.returncode == 0, run.stderr
     assert [source["verdict"] for source in json.loads(run.stdout)["sources"]] == ["fits", "locked"]
-    alone = subprocess.run(command[:5], cwd=tmp_path, capture_output=True, text=True, check=False)
+    alone = evomerge(tmp_path, *command[:2])
     assert alone.returncode == 2
     assert "two different models" in alone.stderr

@@ -16,7 +16,7 @@ from evomerge.errors import FitnessError
 from evomerge.fitness.settings import FitnessSettings
 from evomerge.fitness.tasks import TaskSet
 from evomerge.store import Store
-from tests.e2e.world import TASKS, make_world, write_config
+from tests.e2e.world import TASKS, evomerge, make_world, write_config
 
 PICKLES = (
     "pytorch_model.bin",
@@ -107,7 +107,7 @@ def test_a_whole_run_opens_no_pickle_and_runs_no_code_that_came_with_models_or_t
     ]
 
 
-def test_a_run_lists_the_trusted_code_with_its_hashes(world: Path, repository: Path) -> None:
+def test_a_run_lists_the_trusted_code_with_its_hashes(world: Path) -> None:
     for name in CODE:
         (world / "tasks" / name).unlink()
     (world / "tasks" / "code.py").write_text("def text(document):\n    return document['q']\n")
@@ -115,11 +115,11 @@ def test_a_run_lists_the_trusted_code_with_its_hashes(world: Path, repository: P
     task.write_text(task.read_text().replace("doc_to_text: '{{q}}'", "doc_to_text: !function code.text"))
     assert "!function" in task.read_text()
     write_config(world, fitness=TASKS)
-    done, _ = watched(world, repository, "validate", "config.yaml")
+    done = evomerge(world, "validate", "config.yaml")
     assert done.returncode == 2
     assert "trust_code" in done.stderr
     write_config(world, fitness={**TASKS, "trust_code": ["tasks"]}, budget={"evaluations": 4, "finalists": 1})
-    done, _ = watched(world, repository, "run", "config.yaml")
+    done = evomerge(world, "run", "config.yaml")
     assert done.returncode == 0, done.stderr
     with Store.open("runs/evomerge.db") as store:
         code = store.run("small").facts["code"]
