@@ -30,6 +30,8 @@ LONG = (
     "tests/faults/test_resume_equality.py",
     "tests/malformed/test_malformed.py",
     "tests/faults/test_stores.py",
+    "tests/workers/test_vllm.py",
+    "tests/workers/test_worker.py",
     "tests/e2e/test_resume.py",
     "tests/e2e/test_niches.py",
     "tests/optimizers/test_optuna_samplers.py",
@@ -37,8 +39,12 @@ LONG = (
     "tests/merging/test_merger.py",
     "tests/merging/test_stream.py",
     "tests/store/test_contract.py",
+    "tests/fitness/test_harness.py",
+    "tests/merging/test_spherical.py",
+    "tests/optimizers/test_cma_es.py",
+    "tests/merging/test_dataflow.py",
 )
-"""Files that take half a minute or more, the longest first; they are begun after those with Ray."""
+"""Files that take twenty seconds of a processor or more, the longest first; begun after those with Ray."""
 
 MOST_WORKERS, WORKER_BYTES = 8, 4 * 2**30
 """How many processes `-n auto` starts at most, and the memory of the machine that each needs."""

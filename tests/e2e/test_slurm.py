@@ -89,7 +89,7 @@ def test_the_script_runs_a_search_over_the_nodes_and_goes_on_with_it(
         assert sum(c.origin == "optimizer" for c in view.candidates()) == 6
     left = [p for p in psutil.process_iter(["cmdline", "status"]) if environment["RAY_TMPDIR"] in str(p.info)]
     assert [p for p in left if p.info["status"] != "zombie" and "raylet" in str(p.info)] == []
-    again = run("--set", "budget.evaluations=8")
+    again = run("--set", "budget.evaluations=8", "--set", "workers.pool=inline")
     assert again.returncode == 0, again.stderr
     with Store.open(world / "runs.db") as store:
         assert sum(c.origin == "optimizer" for c in store.run("mine").candidates()) == 8
