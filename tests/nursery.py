@@ -27,6 +27,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
+ENVIRONMENT = dict(os.environ)
+"""What the nursery itself sees: nothing that a test has set."""
+
 
 @dataclass(frozen=True)
 class Done:
@@ -115,6 +118,7 @@ class _Server:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.nursery"],
             cwd=ROOT,
+            env=ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -285,4 +289,5 @@ def warm_up(folder: Path) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="evomerge-nursery-") as place:
+        os.environ["XDG_CACHE_HOME"] = os.environ["HF_DATASETS_CACHE"] = f"{place}/cache"
         serve(Path(place))

@@ -46,7 +46,7 @@ LONG = (
 )
 """Files that take twenty seconds of a processor or more, the longest first; begun after those with Ray."""
 
-MOST_WORKERS, WORKER_BYTES = 8, 4 * 2**30
+MOST_WORKERS, WORKER_BYTES = 8, 3 * 2**30
 """How many processes `-n auto` starts at most, and the memory of the machine that each needs."""
 
 
@@ -73,8 +73,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    memory = psutil.virtual_memory().total // WORKER_BYTES
-    return max(1, min(len(os.sched_getaffinity(0)), memory, MOST_WORKERS))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, psutil.virtual_memory().total // WORKER_BYTES, MOST_WORKERS))
 
 
 @pytest.hookimpl(optionalhook=True)
