@@ -73,7 +73,9 @@ def test_it_has_a_session_of_its_own_and_no_secrets(
     pid = handle["pid"]
     try:
         assert os.getsid(pid) == pid
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        place = Path(f"/proc/{pid}/environ")
+        wait_for(lambda: place.read_bytes() != b"")  # as it is for a moment while the program is loaded
+        environment = place.read_bytes().split(b"\0")
         assert b"GIVEN=1" in environment
         assert not any(line.startswith(b"EVOMERGE_TOKEN") for line in environment)
     finally:
