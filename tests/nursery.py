@@ -162,7 +162,10 @@ def serve(folder: Path) -> None:
         if "arguments" in order:
             pid = os.fork()
             if pid == 0:
-                child(order, folder)
+                try:
+                    child(order, folder)
+                finally:  # whatever happens to its output: what is tidied up at the end is not its own
+                    os._exit(1)
             started[pid] = time.monotonic()
             while os.getsid(pid) != pid:  # so that its group can be killed from now on
                 time.sleep(0.001)
