@@ -237,8 +237,7 @@ def demo(
     parsed = read_config(config)
     where = str(folder / "evomerge.db")
     with open_store(where, create=True) as opened:
-        known = {view.name: view for view in opened.runs()}
-        view = known.get(parsed.name)
+        view = opened.find(parsed.name)
         if view is None:
             view = drive(parsed, folder.resolve(), opened)
         elif view.status != "finished":

@@ -67,8 +67,7 @@ def serve(
         roots.append(path.resolve())
     where = store or DEFAULT_STORE
     if "://" not in where:
-        Path(where).parent.mkdir(parents=True, exist_ok=True)
-        where = str(Path(where).absolute())
+        where = str(Path(where).expanduser().absolute())
     settings = ServiceSettings(
         folder=folder.absolute(),
         store=where,
@@ -86,6 +85,9 @@ def serve(
 
 
 def _serve(settings: ServiceSettings) -> None:
+    from contextlib import nullcontext
+
+    from evomerge.checkpoints.whole import made_folder
     from evomerge.cli.display import errors, warn
     from evomerge.errors import UserError
     from evomerge.service.settings import LOOPBACK
@@ -103,7 +105,9 @@ def _serve(settings: ServiceSettings) -> None:
             warn("the token is sent unencrypted; put a proxy with TLS before the service")
         errors.print(f"token: in {settings.folder / 'token'}", markup=False, soft_wrap=True)
 
-    run(settings, ready=ready)
+    new = nullcontext() if "://" in settings.store else made_folder(Path(settings.store).parent)
+    with new:
+        run(settings, ready=ready)
 
 
 def submit(

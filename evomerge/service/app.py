@@ -49,11 +49,11 @@ _KINDS: tuple[tuple[type[UserError], int, str], ...] = (
 
 def make_parts(settings: ServiceSettings) -> Parts:
     """Open the store and return the parts, none of them started."""
-    store = Store.open(settings.store)
-    queue = JobQueue(store, settings.identity)
     launcher: Launcher = LocalLauncher()
     if settings.ray_address is not None:
         launcher = RayLauncher(settings.ray_address, settings.ray_python)
+    store = Store.open(settings.store)
+    queue = JobQueue(store, settings.identity)
     supervisor = Supervisor(settings, store, queue, launcher)
     hub = Hub(store, settings.most_watchers)
     return Parts(settings, store, queue, supervisor, hub, Metrics(store, queue, hub), ShownRuns(store))

@@ -285,8 +285,7 @@ def _check_file(path: Path, *, create: bool) -> None:
         if not path.exists():
             if not create:
                 raise StoreError(f"store {path}: there is no such file; check the path")
-            if not os.access(path.parent, os.W_OK):
-                raise StoreError(f"store {path}: the directory {path.parent} is not writable")
+            _check_writable(path, path.parent)
         elif not path.is_file():
             raise StoreError(f"store {path}: it is no regular file; give another path")
         elif 0 < path.stat().st_size < _SMALLEST_SQLITE:
@@ -295,7 +294,32 @@ def _check_file(path: Path, *, create: bool) -> None:
             raise StoreError(f"store {path}: this is no SQLite file: give another path")
     except OSError as error:
         raise StoreError(f"store {path}: {error.strerror}; give another path") from None
-    kind = _filesystem(path.parent)
+    _check_local(path, path.parent)
+
+
+def check_place(path: Path) -> None:
+    """Refuse a path at which no SQLite file can be made; directories that are missing can be.
+
+    Raises:
+        StoreError: It lies below no writable directory, or on a network filesystem.
+    """
+    try:
+        above = next(place for place in path.parents if os.path.lexists(place))
+        if not above.is_dir():
+            raise StoreError(f"store {path}: {above} is no directory; give another path")
+    except OSError as error:
+        raise StoreError(f"store {path}: {error.strerror}; give another path") from None
+    _check_writable(path, above)
+    _check_local(path, above)
+
+
+def _check_writable(path: Path, directory: Path) -> None:
+    if not os.access(directory, os.W_OK):
+        raise StoreError(f"store {path}: the directory {directory} is not writable")
+
+
+def _check_local(path: Path, directory: Path) -> None:
+    kind = _filesystem(directory)
     if kind.removeprefix("fuse.").startswith(NETWORK_FILESYSTEMS):
         raise StoreError(
             f"store {path}: SQLite is not safe on a network filesystem ({kind});"

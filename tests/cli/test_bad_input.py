@@ -35,12 +35,14 @@ def world(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Return a hash of every file, those of stores left out: opening one for reading touches its journal."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and ".db" not in path.name and "__pycache__" not in path.parts
-    }
+    """Return all files with a hash, and folders; of a store only that it is there, since reading it writes."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if "__pycache__" not in path.parts and not path.name.endswith(("-wal", "-shm")):
+            hashed = path.is_file() and ".db" not in path.name
+            content = hashlib.sha256(path.read_bytes()).hexdigest() if hashed else ""
+            found[str(path.relative_to(folder))] = content
+    return found
 
 
 def refused(
@@ -145,9 +147,6 @@ def test_a_broken_source_is_refused(
 ) -> None:
     change(world)
     assert named in refused(world, monkeypatch, capsys, verb, "config.yaml")
-    if verb == "run":
-        with Store.open("runs/evomerge.db") as store:
-            assert store.runs() == []
 
 
 CONFIGS: list[tuple[str, dict[str, Any], str]] = [
