@@ -80,7 +80,8 @@ def main() -> None:
         faults.arm(os.environ.get(faults.VARIABLE))
         app()
     except (UserError, LostRunError) as problem:
-        print(f"evomerge: {problem}", file=sys.stderr)
+        for line in problem.lines:
+            print(f"evomerge: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("evomerge: interrupted", file=sys.stderr)

@@ -146,8 +146,9 @@ def _add_errors(app: FastAPI) -> None:
     async def ours(request: Request, problem: UserError) -> JSONResponse:
         del request
         status, kind = next((s, k) for cls, s, k in _KINDS if isinstance(problem, cls))
-        key = key_of(str(problem)) if isinstance(problem, ConfigError) else None
-        return JSONResponse(error_body(kind, str(problem), key), status)
+        about_keys = isinstance(problem, ConfigError)
+        told = [{"message": line, "key": key_of(line) if about_keys else None} for line in problem.lines]
+        return JSONResponse(error_body(kind, str(problem), told[0]["key"], told[1:]), status)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, problem: RequestValidationError) -> JSONResponse:

@@ -49,6 +49,14 @@ def refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
 ) -> str:
     """Run a command that must be refused; return its one line."""
+    (line,) = complaints(folder, monkeypatch, capsys, *arguments)
+    return line
+
+
+def complaints(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> list[str]:
+    """Run a command that must be refused; return its lines, one a fault."""
     before = tree(folder)
     monkeypatch.setattr(sys, "argv", ["evomerge", *arguments])
     capsys.readouterr()
@@ -62,9 +70,8 @@ def refused(
         for line in err.strip().splitlines()
         if line not in ("reading sources and tasks", "starting workers", "loading")
     ]
-    assert len(lines) == 1, err
     assert "Traceback" not in err + out
-    return lines[0]
+    return lines
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -135,6 +142,26 @@ SOURCES: list[tuple[str, Callable[[Path], None], str]] = [
 ]
 
 
+@pytest.mark.parametrize("verb", ["validate", "run"])
+def test_everything_that_is_missing_is_told_at_once(
+    verb: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = ["./one", "./absent", "./nowhere"]
+    write_config(world, sources={"models": models}, fitness={"function": "none.py:score"})
+    lines = complaints(world, monkeypatch, capsys, verb, "config.yaml")
+    assert [line.partition(":")[0] for line in lines] == ["evomerge"] * 3
+    for line, part in zip(lines, ("./absent: no such", "./nowhere: no such", "none.py: cannot"), strict=True):
+        assert part in line
+    write_config(world, fitness={**TASKS, "tasks": ["choice", {"name": "choice", "metric": "x"}, "chois"]})
+    assert "listed twice" in refused(world, monkeypatch, capsys, verb, "config.yaml")
+    tasks = [{"name": "choice", "metric": "x"}, {"name": "written", "filter": "y"}]
+    write_config(world, fitness={**TASKS, "tasks": tasks})
+    lines = complaints(world, monkeypatch, capsys, verb, "config.yaml")
+    assert [line.split(":")[1] for line in lines] == [
+        *(" fitness.tasks.choice.metric", " fitness.tasks.written.filter")
+    ]
+
+
 @pytest.mark.parametrize(("change", "named"), [s[1:] for s in SOURCES], ids=[s[0] for s in SOURCES])
 @pytest.mark.parametrize("verb", ["validate", "run"])
 def test_a_broken_source_is_refused(
@@ -196,7 +223,7 @@ def test_a_wrong_config_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_config(world, **changes)
-    line = refused(world, monkeypatch, capsys, "run", "config.yaml")
+    line = complaints(world, monkeypatch, capsys, "run", "config.yaml")[0]
     assert named in line
 
 
