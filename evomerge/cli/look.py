@@ -33,7 +33,7 @@ def runs(
     as_json: JsonOption = False,
 ) -> None:
     """List the runs of a store or a service."""
-    from evomerge.cli.display import console, moment, print_json, simple_table
+    from evomerge.cli.display import console, moment, print_json, simple_table, spent
     from evomerge.cli.remote import oldest_first
     from evomerge.report.overview import overview
 
@@ -50,7 +50,7 @@ def runs(
         (
             row["name"],
             row["status"],
-            row["candidates"],
+            spent(row),
             "-" if row["best_search_score"] is None else f"{row['best_search_score']:.3f}",
             moment(row["updated"]),
         )
@@ -58,7 +58,7 @@ def runs(
     ]
     console.print(
         simple_table(
-            ("run", "status", "candidates", "best search score (baselines included)", "updated"), table
+            ("run", "status", "evaluations", "best search score (baselines included)", "updated"), table
         )
     )
 
