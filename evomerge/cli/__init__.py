@@ -60,6 +60,7 @@ _SURROUNDINGS = {
         (errno.EACCES, errno.EPERM, errno.EROFS), "choose another place, or change its permissions"
     ),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n)"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP), "choose another path"),
     errno.EIO: "check the disk",
 }
 """Errors of the system that are not ours, and what the user can do."""
@@ -97,5 +98,6 @@ def main() -> None:
         if problem.errno not in _SURROUNDINGS:
             raise
         where = f"{problem.filename}: " if problem.filename else ""
-        print(f"evomerge: {where}{problem.strerror}; {_SURROUNDINGS[problem.errno]}", file=sys.stderr)
+        line = UserError(f"{where}{problem.strerror}; {_SURROUNDINGS[problem.errno]}")
+        print(f"evomerge: {line}", file=sys.stderr)
         sys.exit(2)

@@ -138,7 +138,9 @@ class Watcher:
     def event(self, kind: str, data: Mapping[str, Any]) -> None:
         """Show one event of the run's log; outcomes are in the state."""
         if kind != "outcome":
-            details = ", ".join(f"{value}" if key == kind else f"{key} {value}" for key, value in data.items())
+            details = ", ".join(
+                f"{value}" if key == kind else f"{key} {value}" for key, value in data.items()
+            )
             errors.print(f"{kind}: {details}", markup=False, soft_wrap=True)
 
     def state(self, line: Mapping[str, Any]) -> None:
@@ -204,6 +206,16 @@ def with_interval(scores: Mapping[str, Any] | None) -> str:
     if scores.get("low") is not None:
         text += f" [{scores['low']:.3f}, {scores['high']:.3f}]"
     return text
+
+
+def print_found(data: Mapping[str, Any]) -> None:
+    """Print the tables and the verdict of what `evomerge.report.overview.shown` returns."""
+    if data["best"]:
+        console.print(result_table(data))
+    if data["gains"]:
+        console.print(task_table(data))
+    if data["best"]:
+        console.print(data["verdict"], markup=False)
 
 
 def result_table(data: Mapping[str, Any]) -> Table:

@@ -97,11 +97,12 @@ def export_population(
         file.write(out)
         typer.echo(f"wrote {out}: {len(file.individuals)} individuals")
         if targets:
+            from evomerge.checkpoints.whole import made_folder
             from evomerge.report.export import export_candidate
 
             for number, target in targets.items():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                typer.echo(f"wrote {export_candidate(view, target, number)}")
+                with made_folder(target.parent):
+                    typer.echo(f"wrote {export_candidate(view, target, number)}")
 
 
 @app.command("import")

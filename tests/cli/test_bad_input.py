@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -140,6 +141,28 @@ SOURCES: list[tuple[str, Callable[[Path], None], str]] = [
     ("another family", other_family, "model_type"),
     ("weights that are not finite", nan_weights, "NaN"),
 ]
+
+
+def ended_well(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["evomerge", *arguments])
+    with pytest.raises(SystemExit) as raised:
+        main()
+    assert raised.value.code in (None, 0)
+
+
+def test_places_that_cannot_be(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run, then outputs below a file, under too long a name, and a budget that is spent."""
+    ended_well(monkeypatch, "run", "config.yaml", "--set", "budget.evaluations=4")
+    for out in ("config.yaml/report.html", "x" * 300 + "/report.html", "new/" + "x" * 300):
+        line = refused(world, monkeypatch, capsys, "report", "small", "--out", out)
+        assert re.search(r"cannot be made|cannot be written|choose another", line), line
+    capsys.readouterr()
+    ended_well(monkeypatch, "resume", "small", "--evaluations", "3")
+    out, err = capsys.readouterr()
+    assert "note: --evaluations 3: the run has 4 already, so nothing more is searched" in err
+    assert "resume small --evaluations 8" in out
 
 
 @pytest.mark.parametrize("verb", ["validate", "run"])
