@@ -17,6 +17,7 @@ from typing import Any
 from evomerge.checkpoints.flows import flow_of
 from evomerge.checkpoints.layout import Layout, check_compatible, layout_of
 from evomerge.checkpoints.source import Checkpoint
+from evomerge.checkpoints.whole import why_not_made
 from evomerge.config import RunConfig
 from evomerge.errors import ConfigError, FitnessError, Gathering, RecipeError, nearest
 from evomerge.fitness.greedy import is_plain_greedy, no_sampling
@@ -109,7 +110,7 @@ class Plan:
                 self.warnings.append(f"fitness.share_prefixes: {problem}; every request is forwarded whole")
 
     def _opened(self) -> dict[str, Checkpoint]:
-        """Open the sources and look for the callable; whatever is missing of all these is told at once."""
+        """Open the sources; what is wrong with them, the callable and the output is told at once."""
         opened = {}
         with Gathering() as gathering:
             for ref in self.config.sources.all:
@@ -117,7 +118,16 @@ class Plan:
                     opened[ref.name] = open_source(ref, self.base_dir)
             with gathering.kept():
                 self._check_function()
+            with gathering.kept():
+                self._check_output()
         return opened
+
+    def _check_output(self) -> None:
+        """Refuse a folder in which the results could not be written when the search has ended."""
+        folder = self.config.output.folder
+        problem = why_not_made(Path(folder)) if folder is not None else ""
+        if problem:
+            raise ConfigError(f"output.folder: {folder}: {problem}; name another")
 
     def _read(self, ref: SourceRef) -> SourceRef:
         """Return what recipes say of a source, by its content."""

@@ -68,6 +68,17 @@ def made_folder(folder: Path, mode: int = 0o777, error: type[UserError] = UserEr
         raise
 
 
+def why_not_made(folder: Path) -> str:
+    """Return why a folder cannot be made or written; empty if nothing is against it."""
+    try:
+        above = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+        if not above.is_dir():
+            return f"{above} is no directory"
+        return "" if os.access(above, os.W_OK) else f"the directory {above} is not writable"
+    except (OSError, ValueError) as problem:
+        return getattr(problem, "strerror", None) or str(problem)
+
+
 def sync(path: Path) -> None:
     """Make a file or folder durable."""
     descriptor = os.open(path, os.O_RDONLY)

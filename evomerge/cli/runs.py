@@ -132,11 +132,12 @@ def finish(view: RunView, store: Store, where: str, *, as_json: bool) -> None:
     from evomerge.report.overview import shown
 
     data = shown(store, view.name)
+    if not as_json:
+        print_found(data)  # first, because the files may meet a full disk
     files = _outputs(view, data, where) if view.status == "finished" else {}
     if as_json:
         print_json({**data, "files": {name: str(path) for name, path in files.items()}})
         return
-    print_found(data)
     for kind, path in files.items():
         console.print(f"{kind}: {path}", soft_wrap=True, markup=False)
     place = shown_store(where)

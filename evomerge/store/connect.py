@@ -26,6 +26,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 
+from evomerge.checkpoints.whole import why_not_made
 from evomerge.errors import StoreError
 from evomerge.faults import reached
 from evomerge.store.tables import META, METADATA, SCHEMA
@@ -285,7 +286,8 @@ def _check_file(path: Path, *, create: bool) -> None:
         if not path.exists():
             if not create:
                 raise StoreError(f"store {path}: there is no such file; check the path")
-            _check_writable(path, path.parent)
+            if not os.access(path.parent, os.W_OK):
+                raise StoreError(f"store {path}: the directory {path.parent} is not writable")
         elif not path.is_file():
             raise StoreError(f"store {path}: it is no regular file; give another path")
         elif 0 < path.stat().st_size < _SMALLEST_SQLITE:
@@ -303,19 +305,10 @@ def check_place(path: Path) -> None:
     Raises:
         StoreError: It lies below no writable directory, or on a network filesystem.
     """
-    try:
-        above = next(place for place in path.parents if os.path.lexists(place))
-        if not above.is_dir():
-            raise StoreError(f"store {path}: {above} is no directory; give another path")
-    except OSError as error:
-        raise StoreError(f"store {path}: {error.strerror}; give another path") from None
-    _check_writable(path, above)
-    _check_local(path, above)
-
-
-def _check_writable(path: Path, directory: Path) -> None:
-    if not os.access(directory, os.W_OK):
-        raise StoreError(f"store {path}: the directory {directory} is not writable")
+    problem = why_not_made(path.parent)
+    if problem:
+        raise StoreError(f"store {path}: {problem}; give another path")
+    _check_local(path, path.parent)
 
 
 def _check_local(path: Path, directory: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evomerge.checkpoints.whole import made_folder
+from evomerge.checkpoints.whole import made_folder, why_not_made
 from evomerge.errors import StoreError
 
 
@@ -43,3 +43,10 @@ def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path: Path) -> 
         made_folder(tmp_path / "file" / "below", error=StoreError),
     ):
         raise AssertionError("it was made")
+
+
+def test_why_a_folder_could_not_be_made_is_known_before(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert why_not_made(tmp_path) == why_not_made(tmp_path / "a" / "b") == ""
+    assert why_not_made(tmp_path / "file" / "b") == f"{tmp_path / 'file'} is no directory"
+    assert why_not_made(tmp_path / "file") == f"{tmp_path / 'file'} is no directory"

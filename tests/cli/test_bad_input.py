@@ -232,6 +232,7 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("a text for a number", {"seed": "many"}, "seed"),
     ("resampling without generations", {**tasks(resample=10), "optimizer": {"name": "random"}}, "fitness.resample"),
     ("drawing more than there is", tasks(resample=31), "resample"),
+    ("results below a file", {"output": {"folder": "config.yaml/x"}}, "config.yaml is no directory; name another"),
     ("a store that cannot be reached", {"store": "postgresql://nobody@127.0.0.1:1/none"}, "127.0.0.1"),
     ("a start that is not there", {"optimizer": {"name": "cma_es", "start": ["absent.yaml"]}}, "absent.yaml"),
 ]  # fmt: skip
