@@ -98,6 +98,6 @@ def main() -> None:
         if problem.errno not in _SURROUNDINGS:
             raise
         where = f"{problem.filename}: " if problem.filename else ""
-        line = UserError(f"{where}{problem.strerror}; {_SURROUNDINGS[problem.errno]}")
-        print(f"evomerge: {line}", file=sys.stderr)
+        told = UserError(f"{where}{problem.strerror}; {_SURROUNDINGS[problem.errno]}")
+        print(f"evomerge: {told}", file=sys.stderr)
         sys.exit(2)

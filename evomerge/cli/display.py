@@ -151,9 +151,10 @@ class Watcher:
         self._shown = now
         best = "-" if line["best_search_score"] is None else f"{line['best_search_score']:.3f}"
         besides = line["candidates"] - line["evaluations"]
-        counts = f"{spent(line)} evaluations, {besides} candidates besides (baselines and the like)"
-        text = f"{line['status']}: {counts}, best search score {best} (baselines included)"
-        errors.print(text, markup=False, soft_wrap=True)
+        counts = f": {spent(line)} evaluations, {besides} candidates besides (baselines and the like)"
+        counts += f", best search score {best} (baselines included)"
+        begun = line["candidates"] > 0
+        errors.print(f"{line['status']}{counts if begun else ''}", markup=False, soft_wrap=True)
         if line["error"]:
             errors.print(f"error: {line['error']}", markup=False, soft_wrap=True)
 

@@ -123,7 +123,9 @@ def submit(
             help="What its paths are relative to, on the service's machine [the config's folder].",
         ),
     ] = None,
-    follow: Annotated[bool, typer.Option("--watch", help="Follow the run to its end.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--watch", help="Follow the run to its end; exit code 2 if it failed.")
+    ] = False,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -144,6 +146,8 @@ def submit(
             typer.echo(f"{line['name']}: {line['status']}")
     if as_json:
         print_json(line)
+    if follow and line["status"] != "finished":
+        raise typer.Exit(2 if line["status"] == "failed" else 130)
 
 
 def cancel(

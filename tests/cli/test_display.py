@@ -36,5 +36,10 @@ def test_a_watcher_counts_what_the_budget_counts_and_the_rest_apart(
     ]
 
 
-def test_a_job_that_has_not_begun_has_no_budget_yet() -> None:
-    assert spent({**LINE, "evaluations": 0, "budget": None}) == "0/?"
+def test_a_job_that_has_not_begun_has_nothing_to_count_and_no_budget_yet(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = {**LINE, "status": "queued", "candidates": 0, "evaluations": 0, "budget": None}
+    Watcher().state({**line, "best_search_score": None})
+    assert capsys.readouterr().err == "queued\n"
+    assert spent(line) == "0/?"
