@@ -6,13 +6,13 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, cast
 
 from sqlalchemy import Connection, Engine, insert, select, update
 
-from evomerge.checkpoints.whole import made_folder
+from evomerge.checkpoints.whole import made_folder, partial_of, remove, remove_stale, sync
 from evomerge.errors import ConflictError, MissingError, StoreError, nearest
 from evomerge.faults import reached
 from evomerge.store.connect import (
@@ -100,11 +100,37 @@ class Store:
 
     def _make(self) -> None:
         """Make what was planned; another process may have done it."""
-        if self._missing is None:
-            return
-        with translated(self._engine.url), made_folder(self._missing.parent, error=StoreError):
-            prepare(self._reader, self._writer, create=True)
-        self._missing = None
+        if self._missing is not None:
+            with translated(self._engine.url), made_folder(self._missing.parent, error=StoreError):
+                prepare(self._reader, self._writer, create=True)
+            self._missing = None
+
+    def _make_with(self, name: str, config: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+        """Make what was planned with a first run in it, whole or not at all.
+
+        It is written beside its place and linked there, which fails if another process was quicker: then,
+        and where there are no links, nothing is made and False is returned.
+        """
+        path = self._missing
+        if path is None or path.exists():
+            return False
+        with made_folder(path.parent, error=StoreError):
+            remove_stale(path)
+            partial = partial_of(path)
+            try:
+                with made_folder(partial, error=StoreError), Store.open(partial / path.name) as store:
+                    store.create_run(name, config, facts)
+                if len(list(partial.iterdir())) > 1:
+                    raise StoreError(f"store {path}: its log cannot be written back; free some space")
+                with suppress(OSError):
+                    os.link(partial / path.name, path)
+                    sync(path.parent)
+                    return True
+            except StoreError as problem:
+                raise StoreError(str(problem).replace(str(partial / path.name), str(path))) from problem
+            finally:
+                remove(partial)
+        return False
 
     def create_run(self, name: str, config: Mapping[str, Any], facts: Mapping[str, Any]) -> Run:
         """Begin a run and become its driver.
@@ -131,7 +157,11 @@ class Store:
             "config": pack(dict(config), f'run "{name}": its config'),
             "facts": pack(dict(facts), f'run "{name}": its facts'),
         }
+        made = self._make_with(name, config, facts)
         self._make()
+        if made:
+            with self.reading() as connection:
+                return Run(self, connection.execute(RUN_ROW.where(RUNS.c.name == name)).one())
         with self.writing() as connection:
             self.lock(connection)
             self.check_free(connection, name)

@@ -276,6 +276,29 @@ def test_a_planned_store_is_made_by_its_first_run_with_its_folder(tmp_path: Path
         assert [run.name for run in store.runs()] == ["r"]
 
 
+def test_a_planned_store_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    """No file may grow beyond so many bytes, in a process of its own: as on a full disk."""
+    code = (
+        "import resource, sys\n"
+        "from evomerge.errors import StoreError\nfrom evomerge.store import Store\n"
+        "store = Store.planned(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))\n"
+        "try:\n    store.create_run('r', {}, {})\nexcept StoreError as problem:\n    print(problem)\n"
+    )
+    path = tmp_path / "new" / "store.db"
+    for size in (0, 4096, 1 << 15, 1 << 16, 1 << 20):
+        done = subprocess.run(
+            [sys.executable, "-c", code, path, str(size)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        if size == 1 << 20:
+            assert not done.stdout
+            assert [file.name for file in path.parent.iterdir()] == ["store.db"]
+        else:
+            assert done.stdout.startswith(f"store {path}: "), done.stdout
+            assert list(tmp_path.iterdir()) == [], size
+
+
 def test_two_drivers_that_plan_one_store_both_have_their_runs(path: Path) -> None:
     with Store.planned(path) as one, Store.planned(path) as two:
         one.create_run("a", {}, {})
