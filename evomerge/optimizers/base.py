@@ -184,7 +184,7 @@ class Optimizer(ABC):
 
 
 class SteadyOptimizer(Optimizer):
-    """An optimizer without generations, rebuilt on resume from all its proposals and outcomes.
+    """An optimizer without generations; without snapshots too it is rebuilt from all that was asked and told.
 
     It finishes when the first `HOPELESS` outcomes are all failures, or when the first `FLAT` scores are
     equal, and leaves a note when `STALE` outcomes in a row brought nothing better.

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from evomerge.errors import ConfigError, FitnessError
 from evomerge.optimizers import base
-from evomerge.optimizers.base import SteadyOptimizer
+from evomerge.optimizers.base import StateError, SteadyOptimizer
 from evomerge.optimizers.niches_archive import Archive, EliteGrid, NicheArchive
 from evomerge.optimizers.niches_coding import BoxCoding, Coding
 from evomerge.optimizers.niches_crossover import Angle, cross, draw_cuts
 from evomerge.optimizers.niches_evolution import Evolution
 from evomerge.optimizers.niches_sharing import Array
+from evomerge.optimizers.packing import pack, unpack
 from evomerge.optimizers.settings import NichesSettings
 from evomerge.records import Genome, Proposal, Value
 from evomerge.seeding import stream
@@ -28,6 +31,11 @@ from evomerge.spaces.dimensions import Dimension, check_genome
 
 BOX_MUTATION = 0.05
 """Standard deviation of mutations of numbers, as a share of their range, unless the settings say another."""
+
+SNAPSHOT_EVERY = 20
+"""Outcomes from one snapshot to the next: a resumed run repeats at most so many."""
+
+_COUNTERS = ("_scored", "_failed", "_best", "_equal", "_stale", "_alike", "_differ", "_counts", "finished")
 
 
 class Niches(SteadyOptimizer):
@@ -42,7 +50,8 @@ class Niches(SteadyOptimizer):
     are the numbers of the genome, mixed along straight lines and mutated.
 
     Attributes:
-        parents: Proposal to those it is a child of; none of a founder.
+        parents: Proposal to those it is a child of, none of a founder; of what was asked since the snapshot
+            that this optimizer was restored from.
     """
 
     rank_based = False
@@ -89,7 +98,7 @@ class Niches(SteadyOptimizer):
         self._weights = weights
         self._counts: dict[str, int] = {}
         self._evolution: Evolution | None = None
-        self._waiting: dict[int, Table] = {}
+        self._genomes: dict[int, Genome] = {}  # of those who live, and of those who have no score yet
         self._alike = False
         self._first: Array | None = None
         self._differ = False
@@ -116,15 +125,63 @@ class Niches(SteadyOptimizer):
         """
         row = None if score is None else self._row(index, values or {})
         super().tell(index, score)
-        table = self._waiting.pop(index)
-        if row is not None:
-            self._admit(index, table, row)
+        if row is None:
+            del self._genomes[index]
+        else:
+            self._admit(index, row)
+            self._note_if_alike(index)
             self._end_if_alike(row)
 
     def adopt(self, proposal: Proposal) -> None:
         """Take over, on resume, the next proposal of the original run."""
         super().adopt(proposal)
-        self._waiting[proposal.index] = self._coding.table(proposal.genome)
+        self._genomes[proposal.index] = proposal.genome
+
+    def state(self) -> dict[str, Any] | None:
+        """Return a snapshot, with the whole population, after every `SNAPSHOT_EVERY` outcomes."""
+        if (self._scored + self._failed) % SNAPSHOT_EVERY:
+            return None
+        archive = self.archive
+        scores = None if archive is None else archive.scores
+        if scores is not None and ((scores == 0.0) | (scores == 1.0)).all():
+            scores = scores.astype(np.uint8)
+        return {
+            "kind": self._kind(),
+            "asked": self._asked,
+            "counters": {name: getattr(self, name) for name in _COUNTERS},
+            "living": [] if archive is None else [[n, *self._genomes[n]] for n in archive.numbers],
+            "waiting": [[n, *self._genomes[n]] for n in sorted(self._outstanding)],
+            "rows": pack({"scores": scores, "first": None if self._differ else self._first}),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a snapshot."""
+        try:
+            if state["kind"] != self._kind():
+                raise ValueError(f"made by {state['kind']}, this is {self._kind()}")
+            counters = {name: state["counters"][name] for name in _COUNTERS}
+            living, waiting = (
+                {int(number): tuple(map(float, genome)) for number, *genome in state[part]}
+                for part in ("living", "waiting")
+            )
+            tables = [self._coding.table(genome) for genome in living.values()]
+            rows, asked = unpack(state["rows"]), int(state["asked"])
+            scores = [] if rows["scores"] is None else list(rows["scores"].astype(np.float64))
+            members = list(zip(living, tables, scores, strict=True))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StateError(f"the snapshot cannot be used: {error}") from error
+        for name, value in counters.items():
+            setattr(self, name, value)
+        self._asked, self._outstanding, self._genomes = asked, set(waiting), living | waiting
+        self._first = rows["first"]
+        self._evolution = None
+        for number, table, row in members:
+            self._living.add(number, table, row)
+
+    def _kind(self) -> list[Any]:
+        """What a snapshot must agree on to be used."""
+        sizes = [[dimension.kind, dimension.size] for dimension in self.dimensions]
+        return ["niches", self.seed, asdict(self.settings), len(self._founders), sizes]
 
     def _nearly(self, asked: Proposal, recorded: Proposal) -> bool:
         if self._box is not None:
@@ -139,8 +196,8 @@ class Niches(SteadyOptimizer):
     def _draw(self, index: int) -> tuple[int, Genome]:
         table, self.parents[index] = self._next(index)
         genome = self._founders[index] if index < len(self._founders) else self._coding.genome(table)
-        self._waiting[index] = self._coding.table(genome)
-        return index, tuple(map(float, genome))
+        self._genomes[index] = tuple(map(float, genome))
+        return index, self._genomes[index]
 
     def _next(self, index: int) -> tuple[Table, tuple[int, ...]]:
         """Return the table of a proposal, and whose child it is."""
@@ -166,7 +223,9 @@ class Niches(SteadyOptimizer):
         child = cross(tables[0], tables[1], self._coding.cells, cuts, self._angle)
         return child, (first, second)
 
-    def _admit(self, index: int, table: Table, row: Array) -> None:
+    @property
+    def _living(self) -> Evolution:
+        """The evolution; it begins with the first score, which tells what documents there are."""
         if self._evolution is None:
             self._evolution = Evolution(
                 self._coding.cells,
@@ -176,8 +235,12 @@ class Niches(SteadyOptimizer):
                 angle=self._angle,
                 mutation=self._mutation,
             )
-        self._evolution.add(index, table, row)
-        self._note_if_alike(index, self._evolution.archive.scores)
+        return self._evolution
+
+    def _admit(self, index: int, row: Array) -> None:
+        left = self._living.add(index, self._coding.table(self._genomes[index]), row)
+        if left is not None:
+            del self._genomes[left]
 
     def _end_if_alike(self, row: Array) -> None:
         """Finish when many answered and none otherwise than the first: there is nothing to combine."""
@@ -186,7 +249,8 @@ class Niches(SteadyOptimizer):
         if not self._differ and self._scored >= base.FLAT:
             self.finished = f"all {self._scored} candidates so far answer alike: there is nothing to climb"
 
-    def _note_if_alike(self, index: int, scores: Array) -> None:
+    def _note_if_alike(self, index: int) -> None:
+        scores = self._living.archive.scores
         alike = len(scores) >= self.settings.size and bool((scores == scores[0]).all())
         if alike and not self._alike:
             self._notes.append(

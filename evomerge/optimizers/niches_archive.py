@@ -58,6 +58,7 @@ class NicheArchive:
         self._alpha, self._competition, self._attracted = alpha, competition, attraction
         self._numbers: list[int] = []
         self._rows = np.zeros((size + 1, len(weights)))
+        self._binary = True
         self._worths: dict[float, Array] = {}
         self._fitness: Array | None = None
 
@@ -82,6 +83,7 @@ class NicheArchive:
     def add(self, number: int, scores: Array) -> int | None:
         """Take in an individual; of the least fit the one who came first leaves."""
         self._rows[len(self._numbers)] = scores
+        self._binary = self._binary and bool(((scores == 0.0) | (scores == 1.0)).all())
         self._numbers.append(number)
         self._forget()
         if len(self._numbers) <= self._size:
@@ -95,7 +97,7 @@ class NicheArchive:
         """Draw one by fitness, and the other by attraction, else by fitness too."""
         first = draw(self.fitness(), random)
         if self._attracted:
-            drawn_by = attraction(self.scores, self._worth_at(1.0), first)
+            drawn_by = attraction(self.scores, self._worth_at(1.0), first, binary=self._binary)
             second = draw(drawn_by, random, other_than=first)
         else:
             second = draw(self.fitness(), random)
@@ -103,7 +105,7 @@ class NicheArchive:
 
     def _worth_at(self, alpha: float) -> Array:
         if alpha not in self._worths:
-            self._worths[alpha] = worth(self.scores, self._weights, alpha)
+            self._worths[alpha] = worth(self.scores, self._weights, alpha, binary=self._binary)
         return self._worths[alpha]
 
     def _forget(self) -> None:

@@ -16,12 +16,13 @@ Array = NDArray[np.float64]
 def plain_fitness(scores: Array, weights: Array) -> Array:
     """Return each individual's weighted sum of scores; equal rows give equal sums, on any processor.
 
-    A library's matrix product adds up some rows in another order than others, and so breaks ties at random.
+    A library's matrix product adds up some rows in another order than others, and so breaks ties at random;
+    `einsum` by itself goes through every row alike.
     """
-    return np.asarray((scores * weights).sum(axis=1))
+    return np.asarray(np.einsum("ij,j->i", scores, weights))
 
 
-def worth(scores: Array, weights: Array, alpha: float) -> Array:
+def worth(scores: Array, weights: Array, alpha: float, *, binary: bool = False) -> Array:
     """Return `weight_j c_j / z_j**alpha`: what a document gives to each who solves it, (documents,).
 
     `z_j` is the sum of all scores on document j and `c_j` its capacity. A document that nobody solves at all
@@ -31,8 +32,10 @@ def worth(scores: Array, weights: Array, alpha: float) -> Array:
         scores: (individuals, documents).
         weights: (documents,).
         alpha: How strongly rivals count: 0 not at all, 1 shares the document, above 1 they fight for it.
+        binary: All scores are 0 or 1; only saves time.
     """
-    total, capacity = scores.sum(axis=0), scores.max(axis=0)
+    total = scores.sum(axis=0)
+    capacity = np.minimum(total, 1.0) if binary else scores.max(axis=0)
     rivals = np.where(total > 0.0, total, 1.0)  # where nobody solves anything, the capacity is 0
     return np.asarray(weights * (capacity / (rivals if alpha == 1.0 else rivals**alpha)))
 
@@ -42,7 +45,7 @@ def shared_fitness(scores: Array, weights: Array, alpha: float) -> Array:
     return plain_fitness(scores, worth(scores, weights, alpha))
 
 
-def attraction(scores: Array, shared: Array, parent: int) -> Array:
+def attraction(scores: Array, shared: Array, parent: int, *, binary: bool = False) -> Array:
     """Return `g_B = sum_j weight_j c_j / z_j max(s_Bj - s_Aj, 0)`: what each B could add to the parent A.
 
     Documents count for more where few solve them. It is 0 for the parent itself.
@@ -51,11 +54,13 @@ def attraction(scores: Array, shared: Array, parent: int) -> Array:
         scores: (individuals, documents).
         shared: The documents' `worth` at alpha 1.
         parent: The row of A.
+        binary: All scores are 0 or 1: what A lacks is then the same for all; only saves time.
     """
+    if binary:
+        return plain_fitness(scores, shared * (1.0 - scores[parent]))
     gain = scores - scores[parent]
-    np.maximum(gain, 0.0, out=gain)  # in place: three copies cost more than the arithmetic
-    gain *= shared
-    return np.asarray(gain.sum(axis=1))
+    np.maximum(gain, 0.0, out=gain)
+    return plain_fitness(gain, shared)
 
 
 def coverage(scores: Array) -> float:

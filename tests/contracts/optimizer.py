@@ -123,12 +123,12 @@ class OptimizerContract:
     def resume(self, events: list[Event]) -> Optimizer:
         """Rebuild an optimizer from the first part of a record, as the driver does."""
         optimizer = self.make()
-        states = [data for kind, data in events if kind == "state"]
+        states = [place for place, (kind, _) in enumerate(events) if kind == "state"]
         if states:
-            optimizer.restore(json.loads(states[-1]))
+            optimizer.restore(json.loads(events[states[-1]][1]))
         first = optimizer.asked
         if optimizer.ordered_replay:
-            for kind, data in events:
+            for kind, data in events[states[-1] + 1 if states else 0 :]:
                 if kind == "ask":
                     optimizer.adopt(data)
                 elif kind == "tell":

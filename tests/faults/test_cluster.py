@@ -367,15 +367,21 @@ def test_a_ray_of_our_own_that_dies_is_started_again(
     overrides = [part for one in ("pool=ray", "count=2") for part in ("--set", f"workers.{one}")]
     process = start(world, "run", "steered.yaml", "--store", store, *overrides)
     try:
-        _, what = steer.one()
+        worker, what = steer.one()
         killed = parts_of(process, *names)
         for part in killed:
             part.kill()
         began = time.monotonic()
+        until(
+            lambda: not alive(worker), "end of the worker"
+        )  # let go earlier, its result might still come in
         steer.run()
         steer.again(what)
         recover = time.monotonic() - began
         _, err = process.communicate(timeout=200)
+    except TimeoutError as error:
+        process.send_signal(signal.SIGABRT)
+        raise TimeoutError(f"{error}; {process.communicate()[1]}") from None
     finally:
         process.kill()
     assert process.returncode == 0, err
@@ -454,7 +460,7 @@ def test_a_driver_with_ray_that_is_killed_leaves_nothing_and_goes_on(
     book.report("driver killed", kills=1, repeated=steer.repeated, recover=time.monotonic() - began)
     assert done.returncode == 0
     assert without_order(whole_history(store, "steered")) == without_order(steered)
-    assert steer.repeated <= 2
+    assert steer.repeated <= 4  # two workers, each with one under way and one at hand
     workers = [part for part in parts if not _agent(part)]
     assert_gone(workers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ import pytest
 from evomerge.errors import ConfigError, FitnessError
 from evomerge.optimizers import create
 from evomerge.optimizers.niches import Niches
+from evomerge.optimizers.niches_sharing import attraction, plain_fitness, worth
 from evomerge.records import Proposal
 from evomerge.seeding import stream
 from evomerge.spaces.cells import Cells, Chromosome
@@ -114,6 +116,8 @@ def record(optimizer: Niches, count: int, lag: int = 4) -> list[tuple[str, Any]]
             score = None if values is None else float(np.mean(values["a"]))
             optimizer.tell(done.index, score, values)
             events.append(("tell", (done.index, score, values)))
+            if (state := optimizer.state()) is not None:
+                events.append(("state", json.dumps(state, allow_nan=False)))
     return events
 
 
@@ -131,12 +135,19 @@ def record(optimizer: Niches, count: int, lag: int = 4) -> list[tuple[str, Any]]
 def test_a_search_over_segments_killed_anywhere_goes_on_as_it_was(settings: dict[str, Any]) -> None:
     whole = made(**settings)
     events = record(whole, 120)
+    snapshots = [place for place, (kind, _) in enumerate(events) if kind == "state"]
+    assert len(snapshots) == 2
     for cut in range(0, len(events), 11):
         resumed = made(**settings)
-        for kind, data in events:
+        known = [place for place in snapshots if place < cut]
+        if known:
+            resumed.restore(json.loads(events[known[-1]][1]))
+        for place, (kind, data) in list(enumerate(events))[known[-1] + 1 if known else 0 :]:
             if kind == "tell":
                 resumed.tell(*data)
-            elif data.index < cut:
+            elif kind == "state":
+                assert json.dumps(resumed.state()) == data
+            elif place < cut:
                 resumed.adopt(data)
             else:
                 assert resumed.ask() == data
@@ -144,6 +155,23 @@ def test_a_search_over_segments_killed_anywhere_goes_on_as_it_was(settings: dict
         assert whole.archive is not None
         assert resumed.archive.numbers == whole.archive.numbers
         assert (resumed.archive.scores == whole.archive.scores).all()
+
+
+def test_scores_of_zero_and_one_take_the_quick_way_to_the_same_numbers() -> None:
+    chance = stream(4, "scores")
+    scores = chance.integers(0, 2, (9, 301)).astype(float)
+    scores[5] = scores[2]
+    weights = chance.random(301)
+    for alpha in (0.0, 1.0, 1.5):
+        shared = worth(scores, weights, alpha)
+        assert (shared == worth(scores, weights, alpha, binary=True)).all()
+        fitness = plain_fitness(scores, shared)
+        assert fitness[5] == fitness[2]
+        assert (plain_fitness(scores[1:], shared) == fitness[1:]).all()
+        for parent in range(9):
+            plain = attraction(scores, shared, parent)
+            assert (plain == attraction(scores, shared, parent, binary=True)).all()
+            assert plain[parent] == 0.0
 
 
 def test_founders_come_first_and_then_their_merges() -> None:
@@ -158,7 +186,7 @@ def test_founders_come_first_and_then_their_merges() -> None:
 
 
 def test_a_proposal_recorded_with_other_rounding_is_taken_as_it_was() -> None:
-    events = record(made(), 60)
+    events = [event for event in record(made(), 60) if event[0] != "state"]
     resumed = made()
     for kind, data in events:
         if kind == "tell":
