@@ -271,7 +271,7 @@ def explain(problem: ValidationError) -> list[str]:
 
     Wrong names come first, since what is wrong with values may follow from them; what is missing comes last.
     """
-    faults = problem.errors(include_url=False)[: 10 * MOST_LOOKED_AT]
+    faults = [f for f in problem.errors(include_url=False)[: 10 * MOST_LOOKED_AT] if not _follows(f)]
     lines = list(dict.fromkeys(_lines(faults)))
     return sorted(lines, key=lambda line: ("unknown key" not in line, line.endswith(MISSING)))
 
@@ -300,6 +300,11 @@ def _lines(faults: Sequence[Any], begin: int = 0) -> Iterator[str]:
             yield from _lines(inside, len(branch))
         else:
             yield _line(meant, alike)
+
+
+def _follows(fault: Any) -> bool:
+    """Whether a list is too short only because its items have faults of their own."""
+    return bool(fault["type"] == "too_short" and len(fault["input"]) >= fault["ctx"]["min_length"])
 
 
 def _nearness(fault: Any) -> tuple[bool, int, bool]:
