@@ -129,6 +129,11 @@ def import_population(
         if not equals:
             raise UserError(f"--map {text}: expected THEIRS=OURS")
         renamed[theirs] = ours
+    optimizer = read_config(config).optimizer.name
+    if optimizer != "niches":
+        raise UserError(
+            f"{config}: optimizer.name: expected niches, which alone takes founders, got {optimizer}"
+        )
     parsed = read_config(config, ["optimizer.founders=null"])
     plan = Plan(parsed, config.parent.resolve())
     known = read_population(population)

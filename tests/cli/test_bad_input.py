@@ -298,6 +298,12 @@ COMMANDS = [
     (("merge", "config.yaml", "out"), "config.yaml"),
     (("merge", "absent.yaml", "out"), "absent.yaml"),
     (("evaluate", "absent", "config.yaml"), "absent"),
+    (
+        ("population", "import", "x.json", "config.yaml", "y.json"),
+        "optimizer.name: expected niches, which alone takes founders, got cma_es",
+    ),
+    (("track", "small", "--to", "tensorbord:x"), 'did you mean "tensorboard"'),
+    (("run", "config.yaml", "--store", "config.yaml/new/runs.db"), "config.yaml is no directory"),
 ]
 
 
