@@ -77,7 +77,7 @@ class StrictModel(BaseModel):
             unknown = islice((key for key in data if key not in known), MOST_LOOKED_AT)
             meant = {name for key in unknown for name in closest(str(key), known)}
             for told in problem.errors(include_url=False):
-                if told["type"] == "missing" and told["loc"][0] in meant:
+                if told["type"] == "missing" and len(told["loc"]) == 1 and told["loc"][0] in meant:
                     continue  # it is there, under a name that has a fault of its own
                 kept = {"type": told["type"], "loc": told["loc"], "input": told["input"]}
                 faults.append(cast(InitErrorDetails, {**kept, "ctx": told.get("ctx", {})}))
@@ -271,8 +271,8 @@ def explain(problem: ValidationError) -> list[str]:
 
     Wrong names come first, since what is wrong with values may follow from them; what is missing comes last.
     """
-    faults = [f for f in problem.errors(include_url=False)[: 10 * MOST_LOOKED_AT] if not _follows(f)]
-    lines = list(dict.fromkeys(_lines(faults)))
+    faults = problem.errors(include_url=False)[: 10 * MOST_LOOKED_AT]
+    lines = list(dict.fromkeys(_lines([fault for fault in faults if not _follows(fault)] or faults)))
     return sorted(lines, key=lambda line: ("unknown key" not in line, line.endswith(MISSING)))
 
 

@@ -122,15 +122,17 @@ class Store:
                     store.create_run(name, config, facts)
                 if len(list(partial.iterdir())) > 1:
                     raise StoreError(f"store {path}: its log cannot be written back; free some space")
-                with suppress(OSError):
+                try:
                     os.link(partial / path.name, path)
+                except OSError:
+                    return False
+                with suppress(OSError):
                     sync(path.parent)
-                    return True
             except StoreError as problem:
                 raise StoreError(str(problem).replace(str(partial / path.name), str(path))) from problem
             finally:
                 remove(partial)
-        return False
+        return True
 
     def create_run(self, name: str, config: Mapping[str, Any], facts: Mapping[str, Any]) -> Run:
         """Begin a run and become its driver.
