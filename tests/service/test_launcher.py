@@ -79,7 +79,9 @@ def test_it_has_a_session_of_its_own_and_no_secrets(
     pid = handle["pid"]
     try:
         assert os.getsid(pid) == pid
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        place = Path(f"/proc/{pid}/environ")
+        wait_for(lambda: bool(place.read_bytes()))  # the kernel fills it a moment after the start
+        environment = place.read_bytes().split(b"\0")
         assert b"GIVEN=1" in environment
         assert not any(line.startswith(b"EVOMERGE_TOKEN") for line in environment)
     finally:
