@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -20,7 +20,7 @@ from evomerge.mergekit_evolve import is_evolve_config, read_evolve_config
 from evomerge.optimizers import SETTINGS, settings_of
 from evomerge.recipe import SourceRef
 from evomerge.spaces.settings import SpaceSettings
-from evomerge.strict import StrictModel, parse_yaml, read_yaml, validated
+from evomerge.strict import StrictModel, all_wrong, parse_yaml, read_yaml, validated
 from evomerge.workers.settings import WorkerSettings
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -60,7 +60,7 @@ class SourcesSettings(StrictModel):
         return [_as_source(item) for item in data] if isinstance(data, list | tuple) else data
 
     @model_validator(mode="after")
-    def _distinct(self) -> SourcesSettings:
+    def _distinct(self) -> Self:
         names = [ref.name for ref in self.all]
         for name in names:
             if names.count(name) > 1:
@@ -92,19 +92,31 @@ class OptimizerSettings(BaseModel):
         """The optimizer's own settings as they were given."""
         return dict(self.model_extra or {})
 
-    def check(self) -> None:
-        """Check name and settings without loading the optimizer.
-
-        Raises:
-            ConfigError: There is no such optimizer or setting, or a value is out of range.
-        """
-        known = settings_of(self.name)
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Check name and settings without loading the optimizer."""
+        try:
+            known = settings_of(self.name)
+        except ConfigError as problem:
+            raise ValueError(_below(problem)) from None
         names = [field.name for field in dataclasses.fields(known)]
-        for given in self.settings:
-            if given not in names:
-                hint = nearest(given, [*names, *type(self).model_fields])
-                raise ConfigError(f'optimizer.{given}: unknown setting of "{self.name}"{hint}')
-        known(**self.settings)
+        problems = [
+            f'{given}: unknown setting of "{self.name}"{nearest(given, [*names, *type(self).model_fields])}'
+            for given in self.settings
+            if given not in names
+        ]
+        try:
+            known(**{name: value for name, value in self.settings.items() if name in names})
+        except ConfigError as problem:
+            problems.append(_below(problem))
+        if problems:
+            raise all_wrong(problems, self.settings)
+        return self
+
+
+def _below(problem: ConfigError) -> str:
+    """Return a message about the section `optimizer` as its validator says it."""
+    return str(problem).removeprefix("optimizer.")
 
 
 class BudgetSettings(StrictModel):
@@ -182,11 +194,7 @@ class RunConfig(StrictModel):
     trackers: tuple[Annotated[str, Field(pattern=TRACKER)], ...] = ()
 
     @model_validator(mode="after")
-    def _optimizer_exists(self) -> RunConfig:
-        try:
-            self.optimizer.check()
-        except ConfigError as problem:
-            raise ValueError(str(problem)) from None
+    def _sections_fit(self) -> Self:
         if self.space.kind == "segments" and self.optimizer.name != "niches":
             raise ValueError(
                 "optimizer.name: a space of kind segments needs the optimizer niches, "

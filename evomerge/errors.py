@@ -2,7 +2,7 @@
 
 ```
 EvomergeError
-├── UserError            the user can mend it: one line, exit code 2
+├── UserError            the user can mend it: one line for each fault, exit code 2
 │   ├── ConfigError      a run config or an override
 │   ├── RecipeError      a recipe, or a mergekit file that cannot be read as one
 │   ├── SourceError      a checkpoint that is missing, broken, or does not fit the others
@@ -17,7 +17,8 @@ EvomergeError
 └── LostRunError         another driver has taken the run over; this one must stop writing
 ```
 
-Messages say what, where, expected, got, and what to do, in one line. They quote what others wrote, so
+Messages say what, where, expected, got, and what to do, in one line; other faults of the same input have
+lines of their own (`UserError.others`). They quote what others wrote, so
 whatever they are made of, they end up short and printable.
 """
 
@@ -25,7 +26,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 MOST_CHARACTERS = 1200
 """Longest message; a longer one loses its middle."""
@@ -65,18 +67,85 @@ def one_line(text: str) -> str:
 
 
 class EvomergeError(Exception):
-    """Any error raised on purpose by evomerge; its message is one printable line without secrets."""
+    """Any error raised on purpose by evomerge; its message is one printable line without secrets.
+
+    Attributes:
+        others: More such lines, for what is wrong besides.
+    """
+
+    others: tuple[str, ...] = ()
 
     def __init__(self, message: object = "") -> None:
-        line = redacted(one_line(str(message)))
-        if len(line) > MOST_CHARACTERS:
-            half = MOST_CHARACTERS // 2 - 10
-            line = f"{line[:half]} [...] {line[-half:]}"
-        super().__init__(line)
+        super().__init__(_told(message))
+
+    @property
+    def lines(self) -> list[str]:
+        """Everything that is wrong, the message first."""
+        return [str(self), *self.others]
+
+
+def _told(message: object) -> str:
+    line = redacted(one_line(str(message)))
+    if len(line) > MOST_CHARACTERS:
+        half = MOST_CHARACTERS // 2 - 10
+        line = f"{line[:half]} [...] {line[-half:]}"
+    return line
+
+
+MOST_FAULTS = 10
+"""Most faults that are told beside the first."""
 
 
 class UserError(EvomergeError):
-    """The input or the environment is at fault; shown as one line without traceback, exit code 2."""
+    """The input or the environment is at fault; shown as one line without traceback, exit code 2.
+
+    Args:
+        message: What is wrong.
+        others: What else is wrong, whatever is done about the first. More than `MOST_FAULTS` are cut, and the
+            last line says how many are left out at least.
+    """
+
+    def __init__(self, message: object = "", others: Sequence[object] = ()) -> None:
+        super().__init__(message)
+        kept = others if len(others) <= MOST_FAULTS else others[: MOST_FAULTS - 1]
+        left = len(others) - len(kept)
+        self.others = (*map(_told, kept), *([f"and at least {left} more"] if left else []))
+
+
+class Gathering:
+    """Goes on after errors that do not depend on each other, and raises them together at its end.
+
+    ```
+    with Gathering() as gathering:
+        for path in paths:
+            with gathering.kept():
+                check(path)
+    ```
+    """
+
+    def __init__(self) -> None:
+        self._problems: list[UserError] = []
+
+    def __enter__(self) -> Gathering:
+        return self
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep the error of a block for the end."""
+        try:
+            yield
+        except UserError as problem:
+            self._problems.append(problem)
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if kind is None and self._problems:
+            raise together(self._problems)
+
+
+def together(problems: Sequence[UserError]) -> UserError:
+    """Return the first of some errors with the rest as its others."""
+    message, *others = [line for problem in problems for line in problem.lines]
+    return type(problems[0])(message, others)
 
 
 class ConfigError(UserError):
@@ -131,13 +200,18 @@ MOST_NAMES = 30
 """Longest list of known names in a message."""
 
 
+def closest(word: str, known: Iterable[str]) -> list[str]:
+    """Return the known word nearest to `word`, if any is near."""
+    return difflib.get_close_matches(word, list(known), n=1)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean "x"?` for the known word nearest to `word`, or the list of known words.
 
     The result is meant to be appended to a message; it is empty when nothing is near and too many are known.
     """
     names = [str(name) for name in known]
-    close = difflib.get_close_matches(word, names, n=1)
+    close = closest(word, names)
     if close:
         return f'; did you mean "{close[0]}"?'
     return f"; known: {', '.join(sorted(names))}" if 0 < len(names) <= MOST_NAMES else ""

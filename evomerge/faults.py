@@ -33,8 +33,8 @@ class CrashPoint:
 
 
 CRASH_POINTS = {
-    "tables_made": CrashPoint("a new store's tables are made, not committed", 0, "an empty store"),
-    "run_written": CrashPoint("a new run is written, not committed", 0, "a store without the run"),
+    "tables_made": CrashPoint("a new store's tables are made, not committed", 0, "no store, or an empty one"),
+    "run_written": CrashPoint("a new run is written, not committed", 0, "no run"),
     "run_created": CrashPoint("a new run is recorded, nothing else is", 0, "the run"),
     "run_taken": CrashPoint("a resumed run is taken, its config is the old one", 0, "the run"),
     "replayed": CrashPoint("a resumed optimizer is where it was, nothing new was done", 0, "the run"),

@@ -16,8 +16,10 @@ from typing import Any
 
 from evomerge.checkpoints.flows import flow_of
 from evomerge.checkpoints.layout import Layout, check_compatible, layout_of
+from evomerge.checkpoints.source import Checkpoint
+from evomerge.checkpoints.whole import why_not_made
 from evomerge.config import RunConfig
-from evomerge.errors import ConfigError, FitnessError, RecipeError, nearest
+from evomerge.errors import ConfigError, FitnessError, Gathering, RecipeError, nearest
 from evomerge.fitness.greedy import is_plain_greedy, no_sampling
 from evomerge.fitness.measures import MEASURES
 from evomerge.fitness.scoring import TaskRule
@@ -76,7 +78,7 @@ class Plan:
     def __init__(self, config: RunConfig, base_dir: Path) -> None:
         self.config = config
         self.base_dir = base_dir
-        self.checkpoints = {ref.name: open_source(ref, base_dir) for ref in config.sources.all}
+        self.checkpoints = self._opened()
         self.paths = config.space.kind in ("data_flow", "layer_edits", "joint")
         sliced = self.paths and config.space.kind != "joint"
         self.warnings: list[str] = list(check_compatible(self.checkpoints, sliced=sliced))
@@ -93,7 +95,6 @@ class Plan:
         )
         self._check_space()
         self.seeded = self._seeded()
-        self._check_function()
         self.tasks = TaskSet(config.fitness, config.seed, base_dir) if config.fitness.tasks else None
         if not self.optimizer().generational and config.fitness.racing:
             raise ConfigError(
@@ -107,6 +108,26 @@ class Plan:
             problem = why_not_type(model.get("text_config", model)["model_type"])
             if problem:
                 self.warnings.append(f"fitness.share_prefixes: {problem}; every request is forwarded whole")
+
+    def _opened(self) -> dict[str, Checkpoint]:
+        """Open the sources; what is wrong with them, the callable and the output is told at once."""
+        opened = {}
+        with Gathering() as gathering:
+            for ref in self.config.sources.all:
+                with gathering.kept():
+                    opened[ref.name] = open_source(ref, self.base_dir)
+            with gathering.kept():
+                self._check_function()
+            with gathering.kept():
+                self._check_output()
+        return opened
+
+    def _check_output(self) -> None:
+        """Refuse a folder in which the results could not be written when the search has ended."""
+        folder = self.config.output.folder
+        problem = why_not_made(Path(folder)) if folder is not None else ""
+        if problem:
+            raise ConfigError(f"output.folder: {folder}: {problem}; name another")
 
     def _read(self, ref: SourceRef) -> SourceRef:
         """Return what recipes say of a source, by its content."""

@@ -31,8 +31,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from evomerge.catalogue import Method, method_named
-from evomerge.errors import RecipeError
+from evomerge.catalogue import Method, Scope, method_named
+from evomerge.errors import Gathering, RecipeError
 from evomerge.paths import LayerPath, Slice, Step
 from evomerge.rules import (
     Rule,
@@ -46,7 +46,7 @@ from evomerge.rules import (
     value_at,
 )
 from evomerge.segments import SegmentTable, check_segments, identity
-from evomerge.strict import StrictModel, canonical_json, dump_yaml, read_yaml, validated
+from evomerge.strict import StrictModel, all_wrong, canonical_json, dump_yaml, read_yaml, validated
 from evomerge.tokens import UNION, ModelToken, TokenRow, ZeroRow
 
 __all__ = [
@@ -175,11 +175,13 @@ class Recipe(StrictModel):
             if self.path is not None:
                 self._check_path(self.path, method)
             self._check_segments(method)
-            complete_settings(self.parameters, method, "method", "parameters")
-            for source in self.sources:
-                complete_settings(source.parameters, method, "source", f"sources.{source.name}.parameters")
+            with Gathering() as gathering:
+                for where, settings in self._given().items():
+                    with gathering.kept():
+                        scope: Scope = "method" if where == "parameters" else "source"
+                        complete_settings(settings, method, scope, where)
         except RecipeError as problem:
-            raise ValueError(str(problem)) from None
+            raise all_wrong(problem.lines, self.method) from None
         return self
 
     def _check_sources(self, method: Method) -> None:

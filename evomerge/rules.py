@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from evomerge.catalogue import Method, Parameter, Scope
-from evomerge.errors import RecipeError, one_line
+from evomerge.errors import Gathering, RecipeError, one_line
 from evomerge.records import Place, Role
 from evomerge.strict import StrictModel
 
@@ -161,19 +161,26 @@ def chosen_settings(settings: Mapping[str, Setting], method: Method) -> dict[str
     )
 
 
+def _checked(name: str, setting: Setting, method: Method, scope: Scope, where: str) -> Setting:
+    parameter = method.parameter(name)
+    if parameter.scope != scope:
+        owner = "each source" if parameter.scope == "source" else "the method as a whole"
+        raise RecipeError(f"{where}.{name}: this parameter belongs to {owner}")
+    for rule in setting:
+        for value in rule.value if isinstance(rule.value, tuple) else (rule.value,):
+            check_value(value, parameter, f"{where}.{name}")
+    setting = without_unreachable(setting)
+    if not parameter.per_tensor and not (len(setting) == 1 and setting[0].general):
+        raise RecipeError(f"{where}.{name}: one value for all tensors, got rules")
+    return setting
+
+
 def complete_settings(settings: dict[str, Setting], method: Method, scope: Scope, where: str) -> None:
     """Check the settings of one scope and fill in defaults, so that equal recipes look equal."""
-    for name, setting in settings.items():
-        parameter = method.parameter(name)
-        if parameter.scope != scope:
-            owner = "each source" if parameter.scope == "source" else "the method as a whole"
-            raise RecipeError(f"{where}.{name}: this parameter belongs to {owner}")
-        for rule in setting:
-            for value in rule.value if isinstance(rule.value, tuple) else (rule.value,):
-                check_value(value, parameter, f"{where}.{name}")
-        setting = settings[name] = without_unreachable(setting)
-        if not parameter.per_tensor and not (len(setting) == 1 and setting[0].general):
-            raise RecipeError(f"{where}.{name}: one value for all tensors, got rules")
+    with Gathering() as gathering:
+        for name, setting in settings.items():
+            with gathering.kept():
+                settings[name] = _checked(name, setting, method, scope, where)
     for parameter in method.parameters:
         if parameter.scope != scope:
             continue

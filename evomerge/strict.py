@@ -10,20 +10,36 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Sequence
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Self, TypeVar, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails
 
-from evomerge.errors import UserError, nearest, one_line
+from evomerge.errors import UserError, closest, nearest, one_line
 from evomerge.reading import read_bytes
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 64
 MAX_EVENTS = 50_000
 """Most values and collections of a YAML text; a second's work for its parser."""
+
+MISSING = "missing; it has no default"
+
+MOST_LOOKED_AT = 50
+"""Most wrong names of a section of which the nearest known one is looked for."""
 
 _UNFIT = re.compile("[\0\ud800-\udfff]")
 """What no text may hold: NUL, at which C cuts texts off, and halves of characters, which no file can hold."""
@@ -36,15 +52,36 @@ class StrictModel(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
-    @model_validator(mode="before")
     @classmethod
-    def _refuse_unknown_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            known = {field.alias or name for name, field in cls.model_fields.items()} | set(cls.model_fields)
-            for key in data:
-                if key not in known:
-                    raise ValueError(f'unknown key "{key}"{nearest(str(key), known)}')
-        return data
+    def _keys(cls) -> set[str]:
+        return {field.alias or name for name, field in cls.model_fields.items()} | set(cls.model_fields)
+
+    @classmethod
+    def misnamed(cls, data: dict[Any, Any]) -> list[str]:
+        """Return what is wrong with the names in a section; told beside what is wrong with values."""
+        known = cls._keys()
+        unknown = islice((key for key in data if key not in known), MOST_LOOKED_AT)
+        return [f'unknown key "{key}"{nearest(str(key), known)}' for key in unknown]
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refuse_misnamed(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        problems = cls.misnamed(data) if isinstance(data, dict) else []
+        if not problems:
+            return handler(data)
+        known = cls._keys()
+        faults = [_fault(problem, data) for problem in problems]
+        try:
+            handler({key: value for key, value in data.items() if key in known})
+        except ValidationError as problem:
+            unknown = islice((key for key in data if key not in known), MOST_LOOKED_AT)
+            meant = {name for key in unknown for name in closest(str(key), known)}
+            for told in problem.errors(include_url=False):
+                if told["type"] == "missing" and len(told["loc"]) == 1 and told["loc"][0] in meant:
+                    continue  # it is there, under a name that has a fault of its own
+                kept = {"type": told["type"], "loc": told["loc"], "input": told["input"]}
+                faults.append(cast(InitErrorDetails, {**kept, "ctx": told.get("ctx", {})}))
+        raise ValidationError.from_exception_data(cls.__name__, faults)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -55,6 +92,15 @@ class StrictModel(BaseModel):
             if kinds & {int, float} and bool not in kinds:
                 raise ValueError(f"expected a number, got {str(value).lower()}")
         return value
+
+
+def _fault(message: str, data: Any) -> InitErrorDetails:
+    return {"type": "value_error", "loc": (), "input": data, "ctx": {"error": ValueError(message)}}
+
+
+def all_wrong(messages: Sequence[str], data: Any) -> ValidationError:
+    """Return what a validator raises where several things are wrong with `data`."""
+    return ValidationError.from_exception_data("section", [_fault(message, data) for message in messages])
 
 
 _TAG = "tag:yaml.org,2002:"
@@ -184,11 +230,15 @@ def read_yaml(path: Path, error: type[UserError]) -> Any:
 
 
 def validated(model: type[T], data: Any, where: str, error: type[UserError]) -> T:
-    """Return `data` as a `model`, or raise `error` naming the key, what was expected and what was got."""
+    """Return `data` as a `model`, or raise `error` naming the key, what was expected and what was got.
+
+    All faults that do not depend on each other are told.
+    """
     try:
         return model.model_validate(data)
     except ValidationError as problem:
-        raise error(f"{where}: {explain(problem)}") from None
+        first, *others = (f"{where}: {line}" for line in explain(problem))
+        raise error(first, others) from None
 
 
 _KINDS = {
@@ -216,12 +266,53 @@ _LIMITS = {
 """What was expected, by pydantic's fault, where a value is of the right kind."""
 
 
-def explain(problem: ValidationError) -> str:
-    """Return the first fault of a validation error as one line: key, what was expected, what was got."""
-    faults = problem.errors(include_url=False)
-    # A union reports a fault for each of its branches; the one deepest in the data is what the user meant,
-    # and where none is deeper, one of our own messages.
-    fault = max(faults, key=lambda f: ("unknown key" in f["msg"], len(_path(f)), f["type"] == "value_error"))
+def explain(problem: ValidationError) -> list[str]:
+    """Return each fault of a validation error as one line: key, what was expected, what was got.
+
+    Wrong names come first, since what is wrong with values may follow from them; what is missing comes last.
+    """
+    faults = problem.errors(include_url=False)[: 10 * MOST_LOOKED_AT]
+    lines = list(dict.fromkeys(_lines([fault for fault in faults if not _follows(fault)] or faults)))
+    return sorted(lines, key=lambda line: ("unknown key" not in line, line.endswith(MISSING)))
+
+
+def _lines(faults: Sequence[Any], begin: int = 0) -> Iterator[str]:
+    """Yield a line for each fault that was meant; `begin` says how many parts of their places are settled.
+
+    A union reports a fault for each of its branches. The one deepest in the data is in the branch that the
+    user meant, and where none is deeper, one of our own messages.
+    """
+    unions: dict[tuple[int | str, ...], list[Any]] = {}
+    for fault in faults:
+        place = fault["loc"]
+        branch = next((i for i, part in enumerate(place) if i >= begin and _is_branch(part)), None)
+        if branch is None:
+            unions[(*place, f"[{len(unions)}]")] = [fault]
+        else:
+            unions.setdefault(place[:branch], []).append(fault)
+    for place, told in unions.items():
+        meant = max(told, key=_nearness)
+        branch = meant["loc"][: len(place) + 1]
+        alike = [fault for fault in told if _path(fault) == _path(meant)]
+        deeper = meant["type"] == "value_error" or len(_path(meant)) > len(_path({"loc": place}))
+        if len(told) > 1 and deeper:
+            inside = [fault for fault in told if fault["loc"][: len(branch)] == branch]
+            yield from _lines(inside, len(branch))
+        else:
+            yield _line(meant, alike)
+
+
+def _follows(fault: Any) -> bool:
+    """Whether a list is too short only because its items have faults of their own."""
+    return bool(fault["type"] == "too_short" and len(fault["input"]) >= fault["ctx"]["min_length"])
+
+
+def _nearness(fault: Any) -> tuple[bool, int, bool]:
+    return "unknown key" in fault["msg"], len(_path(fault)), fault["type"] == "value_error"
+
+
+def _line(fault: Any, alike: Sequence[Any]) -> str:
+    """Return a fault as one line, with what each of those at the same place expected."""
     key = ".".join(_path(fault))
     prefix = f"{key}: " if key else ""
     message = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
@@ -230,8 +321,7 @@ def explain(problem: ValidationError) -> str:
         below = re.match(r"[a-z_]+(\.[\w-]+)*: ", message)
         return one_line(f"{key}{'.' if below else ': '}{message}" if key else message)
     if fault["type"] == "missing":
-        return f"{prefix}missing; it has no default"
-    alike = [f for f in faults if _path(f) == _path(fault)]
+        return f"{prefix}{MISSING}"
     limits = [f for f in alike if f["type"] in _LIMITS]
     known = limits or [f for f in alike if f["type"] in _KINDS]
     wanted = list(dict.fromkeys(_expected(f) for f in known))
@@ -256,6 +346,7 @@ def _path(fault: Any) -> list[str]:
     return [str(part) for part in fault["loc"] if not _is_branch(part)]
 
 
+@lru_cache(maxsize=4096)
 def _is_branch(part: int | str) -> bool:
     if not isinstance(part, str):
         return False

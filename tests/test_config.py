@@ -268,6 +268,58 @@ def test_faults_name_the_key_what_was_expected_and_what_was_got(key, value, mess
     assert refusal(changed(key, value)) == message
 
 
+WRONG = """
+sources: {base: ./base, models: [./math, ./code], modls: 1}
+space:
+  method: ties
+  parameters:
+    wieght: {low: x}
+    density: {low: y, high: z}
+optimizer: {sgima: 3, population: 1}
+fitness: {tasks: [{nam: a}]}
+budget: {evaluations: 0, hours: -1}
+"""
+
+
+def test_all_faults_that_do_not_depend_on_each_other_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        parse_config(data(WRONG), "c.yaml")
+    assert [line.removeprefix("c.yaml: ") for line in caught.value.lines] == [
+        'sources: unknown key "modls"; did you mean "models"?',
+        'fitness.tasks.0: unknown key "nam"; did you mean "name"?',
+        'space.parameters: method "ties" has no parameter "wieght"; did you mean "weight"?',
+        'space.parameters.wieght.low: expected a number, got "x"',
+        'space.parameters.density.low: expected a number, got "y"',
+        'space.parameters.density.high: expected a number, got "z"',
+        'optimizer.sgima: unknown setting of "cma_es"; did you mean "sigma"?',
+        "optimizer.population: must be 2 or more, got 1",
+        "budget.evaluations: expected at least 1, got 0",
+        "budget.hours: expected more than 0, got -1",
+    ]
+
+
+def test_a_misspelt_parameter_with_wrong_bounds_is_named_first():
+    found = changed("space.parameters", {"weight": {"low": 2, "high": 1}, "densty": {"low": 3, "high": 2}})
+    with pytest.raises(ConfigError) as caught:
+        parse_config(found, "c.yaml")
+    assert caught.value.lines == [
+        'c.yaml: space.parameters: method "ties" has no parameter "densty"; did you mean "density"?',
+        "c.yaml: space.parameters.weight: low must be below high, got 2.0 and 1.0",
+        "c.yaml: space.parameters.densty: low must be below high, got 3.0 and 2.0",
+    ]
+
+
+def test_ranges_that_the_method_does_not_allow_are_all_told():
+    spans = {"density": {"low": 2, "high": 3}, "normalize": {"low": 0, "high": 1}}
+    found = changed("space.parameters", spans)
+    with pytest.raises(ConfigError) as caught:
+        parse_config(found, "c.yaml")
+    assert caught.value.lines == [
+        "c.yaml: space.parameters.density.low: expected 0.0 to 1.0, got 2.0",
+        "c.yaml: space.parameters.normalize: a switch or choice has no range; write free or choices",
+    ]
+
+
 @pytest.mark.parametrize("kind", ["parametre", 3, None])
 def test_an_unknown_kind_of_space_is_refused(kind):
     assert refusal(changed("space.kind", kind)).startswith(f'space.kind: unknown kind of space "{kind}"')

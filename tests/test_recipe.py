@@ -435,3 +435,20 @@ def test_every_example_is_a_recipe(path):
         assert read_settings(path).method == "sum"
     else:
         assert read_recipe(path).located(path.parent).sources
+
+
+def test_a_wrong_item_does_not_make_its_list_too_short():
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(ties(sources=[{"name": "a"}]), "r")
+    assert caught.value.lines == ["r: sources.0.path: missing; it has no default"]
+
+
+def test_what_is_wrong_with_the_parameters_of_all_sources_is_told_at_once():
+    sources = [source("a", weight=1.0, densty=0.5), source("b", weight=1.0, density=7)]
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(ties(sources=sources, parameters={"lines_alpa": 1, "lambda": 0.5}), "r")
+    assert caught.value.lines == [
+        'r: method "ties" has no parameter "lines_alpa"; did you mean "lines_alpha"?',
+        'r: method "ties" has no parameter "densty"; did you mean "density"?',
+        "r: sources.b.parameters.density: expected 0.0 to 1.0, got 7.0",
+    ]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from typing import Literal
 
 import pytest
@@ -253,6 +254,46 @@ def test_a_file_is_read_like_a_text(tmp_path):
 )
 def test_faults_name_the_key_what_was_expected_and_what_was_got(data, message):
     assert fault(data) == message
+
+
+def test_all_faults_are_told_wrong_names_first():
+    data = {"span": {"low": "x", "cuont": 1}, "nme": "A", "inner": {"count": 0, "low": "y"}, "flag": 3}
+    with pytest.raises(ConfigError) as caught:
+        validated(Outer, data, "c", ConfigError)
+    assert caught.value.lines == [
+        'c: unknown key "nme"; did you mean "name"?',
+        'c: span: unknown key "cuont"; did you mean "count"?',
+        'c: span.low: expected a number, got "x"',
+        'c: inner.low: expected a number, got "y"',
+        "c: inner.count: expected at least 1, got 0",
+        "c: flag: expected true or false, got 3",
+    ]
+
+
+class Named(StrictModel):
+    """A thing whose name has no default."""
+
+    name: str
+    path: str
+
+
+def test_a_key_that_is_misspelt_is_not_missing_too():
+    with pytest.raises(ConfigError) as caught:
+        validated(Named, {"nam": "x"}, "c", ConfigError)
+    assert caught.value.lines == [
+        'c: unknown key "nam"; did you mean "name"?',
+        "c: path: missing; it has no default",
+    ]
+
+
+def test_of_many_faults_the_first_are_told_and_the_rest_counted():
+    with pytest.raises(ConfigError) as caught:
+        validated(Outer, {"items": [{"lwo": 1, "count": 0}] * 20_000}, "c", ConfigError)
+    assert len(caught.value.lines) == 11
+    assert caught.value.lines[:2] == [
+        f'c: items.{i}: unknown key "lwo"; did you mean "low"?' for i in range(2)
+    ]
+    assert re.fullmatch(r"and at least \d{3} more", caught.value.lines[-1])
 
 
 def test_long_values_are_cut_and_line_breaks_removed():

@@ -143,5 +143,5 @@ def read_settings(path: Path) -> Settings:
     method = data.get("method")
     if not isinstance(method, str) or method not in _METHODS:
         hint = nearest(str(method), _METHODS)
-        raise RecipeError(f"{path}: method: expected one of {', '.join(_METHODS)}, got {method!r}{hint}")
+        raise RecipeError(f"{path}: method: expected a way to merge adapters, got {method!r}{hint}")
     return validated(_METHODS[method], data, str(path), RecipeError)

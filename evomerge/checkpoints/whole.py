@@ -7,10 +7,12 @@ import glob
 import os
 import platform
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
+from evomerge.errors import UserError
 from evomerge.faults import reached
 
 
@@ -34,6 +36,47 @@ def remove(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+@contextlib.contextmanager
+def made_folder(folder: Path, mode: int = 0o777, error: type[UserError] = UserError) -> Iterator[None]:
+    """Make a folder with its parents for what the block puts there.
+
+    If the block fails, those that were made and are empty are removed again. What others put there in the
+    meantime stays, since only an empty folder can be removed so.
+
+    Args:
+        folder: The folder; may be there already.
+        mode: Of the folder itself, if it is made.
+        error: What to raise.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    made: list[Path] = []
+    try:
+        try:
+            made += [place for place in (folder, *folder.parents) if not place.exists()]
+            folder.mkdir(mode, parents=True, exist_ok=True)
+        except OSError as problem:
+            raise error(f"{folder}: cannot be made ({problem.strerror}); give another folder") from None
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for place in made:
+                place.rmdir()
+        raise
+
+
+def why_not_made(folder: Path) -> str:
+    """Return why a folder cannot be made or written; empty if nothing is against it."""
+    try:
+        above = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+        if not above.is_dir():
+            return f"{above} is no directory"
+        return "" if os.access(above, os.W_OK) else f"the directory {above} is not writable"
+    except (OSError, ValueError) as problem:
+        return getattr(problem, "strerror", None) or str(problem)
 
 
 def sync(path: Path) -> None:

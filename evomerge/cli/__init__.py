@@ -60,6 +60,7 @@ _SURROUNDINGS = {
         (errno.EACCES, errno.EPERM, errno.EROFS), "choose another place, or change its permissions"
     ),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n)"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP), "choose another path"),
     errno.EIO: "check the disk",
 }
 """Errors of the system that are not ours, and what the user can do."""
@@ -80,7 +81,8 @@ def main() -> None:
         faults.arm(os.environ.get(faults.VARIABLE))
         app()
     except (UserError, LostRunError) as problem:
-        print(f"evomerge: {problem}", file=sys.stderr)
+        for line in problem.lines:
+            print(f"evomerge: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("evomerge: interrupted", file=sys.stderr)
@@ -96,5 +98,6 @@ def main() -> None:
         if problem.errno not in _SURROUNDINGS:
             raise
         where = f"{problem.filename}: " if problem.filename else ""
-        print(f"evomerge: {where}{problem.strerror}; {_SURROUNDINGS[problem.errno]}", file=sys.stderr)
+        told = UserError(f"{where}{problem.strerror}; {_SURROUNDINGS[problem.errno]}")
+        print(f"evomerge: {told}", file=sys.stderr)
         sys.exit(2)

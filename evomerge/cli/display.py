@@ -138,20 +138,30 @@ class Watcher:
     def event(self, kind: str, data: Mapping[str, Any]) -> None:
         """Show one event of the run's log; outcomes are in the state."""
         if kind != "outcome":
-            details = ", ".join(f"{key} {value}" for key, value in data.items())
+            details = ", ".join(
+                f"{value}" if key == kind else f"{key} {value}" for key, value in data.items()
+            )
             errors.print(f"{kind}: {details}", markup=False, soft_wrap=True)
 
     def state(self, line: Mapping[str, Any]) -> None:
         """Show the run's line where it has changed."""
-        now = (line["candidates"], line["best_search_score"], line["status"])
+        now = (line["candidates"], line["evaluations"], line["best_search_score"], line["status"])
         if now == self._shown:
             return
         self._shown = now
         best = "-" if line["best_search_score"] is None else f"{line['best_search_score']:.3f}"
-        counts = f"{line['candidates']} candidates, best search score {best}, baselines included"
-        errors.print(f"{line['status']}: {counts}", markup=False, soft_wrap=True)
+        besides = line["candidates"] - line["evaluations"]
+        counts = f": {spent(line)} evaluations, {besides} candidates besides (baselines and the like)"
+        counts += f", best search score {best} (baselines included)"
+        begun = line["candidates"] > 0
+        errors.print(f"{line['status']}{counts if begun else ''}", markup=False, soft_wrap=True)
         if line["error"]:
             errors.print(f"error: {line['error']}", markup=False, soft_wrap=True)
+
+
+def spent(line: Mapping[str, Any]) -> str:
+    """Return how much of its budget a run's line says was spent, as `12/24`."""
+    return f"{line['evaluations']}/{'?' if line['budget'] is None else line['budget']}"
 
 
 @contextmanager
@@ -197,6 +207,16 @@ def with_interval(scores: Mapping[str, Any] | None) -> str:
     if scores.get("low") is not None:
         text += f" [{scores['low']:.3f}, {scores['high']:.3f}]"
     return text
+
+
+def print_found(data: Mapping[str, Any]) -> None:
+    """Print the tables and the verdict of what `evomerge.report.overview.shown` returns."""
+    if data["best"]:
+        console.print(result_table(data))
+    if data["gains"]:
+        console.print(task_table(data))
+    if data["best"]:
+        console.print(data["verdict"], markup=False)
 
 
 def result_table(data: Mapping[str, Any]) -> Table:

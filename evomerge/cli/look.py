@@ -33,7 +33,7 @@ def runs(
     as_json: JsonOption = False,
 ) -> None:
     """List the runs of a store or a service."""
-    from evomerge.cli.display import console, moment, print_json, simple_table
+    from evomerge.cli.display import console, moment, print_json, simple_table, spent
     from evomerge.cli.remote import oldest_first
     from evomerge.report.overview import overview
 
@@ -50,7 +50,7 @@ def runs(
         (
             row["name"],
             row["status"],
-            row["candidates"],
+            spent(row),
             "-" if row["best_search_score"] is None else f"{row['best_search_score']:.3f}",
             moment(row["updated"]),
         )
@@ -58,7 +58,7 @@ def runs(
     ]
     console.print(
         simple_table(
-            ("run", "status", "candidates", "best search score (baselines included)", "updated"), table
+            ("run", "status", "evaluations", "best search score (baselines included)", "updated"), table
         )
     )
 
@@ -72,7 +72,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a run found."""
-    from evomerge.cli.display import console, print_json, result_table, task_table
+    from evomerge.cli.display import console, print_found, print_json
     from evomerge.report.overview import shown
 
     if at_service(context, server, store):
@@ -89,12 +89,7 @@ def show(
     )
     if data["error"]:
         console.print(f"error: {data['error']}", markup=False, soft_wrap=True)
-    if data["best"]:
-        console.print(result_table(data))
-    if data["gains"]:
-        console.print(task_table(data))
-    if data["best"]:
-        console.print(data["verdict"], markup=False)
+    print_found(data)
     for line in data["notes"]:
         console.print(line, markup=False, highlight=False)
     for line in data["optimizer"][-5:]:
@@ -175,13 +170,14 @@ def report(
     store: StoreOption = None,
 ) -> None:
     """Write a run's report: one HTML file with figures."""
+    from evomerge.checkpoints.whole import made_folder
     from evomerge.report.page import write_report
 
     with open_store(store) as opened:
         target = out or result_folder(run, store) / "report.html"
         view = opened.run(run)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        typer.echo(write_report(view, target))
+        with made_folder(target.parent):
+            typer.echo(write_report(view, target))
 
 
 def methods(

@@ -77,7 +77,10 @@ def result_folder(name: str, store: str | None) -> Path:
 
 
 def open_store(option: str | None, *, create: bool = False) -> Store:
-    """Open the store that the option, the environment or the default names."""
+    """Open the store that the option, the environment or the default names.
+
+    With `create` one that is not there yet is made by its first run.
+    """
     from evomerge.store import Store
 
     where = option or DEFAULT_STORE
@@ -86,9 +89,7 @@ def open_store(option: str | None, *, create: bool = False) -> Store:
             f"{where}: no runs here yet; start one with `evomerge run`, or name another store with --store "
             "(the demo's is runs/demo/evomerge.db)"
         )
-    if create and "://" not in where:
-        Path(where).parent.mkdir(parents=True, exist_ok=True)
-    return Store.open(where, create=create)
+    return Store.planned(where) if create else Store.open(where, create=False)
 
 
 def shown_store(where: str) -> str:

@@ -97,11 +97,12 @@ def export_population(
         file.write(out)
         typer.echo(f"wrote {out}: {len(file.individuals)} individuals")
         if targets:
+            from evomerge.checkpoints.whole import made_folder
             from evomerge.report.export import export_candidate
 
             for number, target in targets.items():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                typer.echo(f"wrote {export_candidate(view, target, number)}")
+                with made_folder(target.parent):
+                    typer.echo(f"wrote {export_candidate(view, target, number)}")
 
 
 @app.command("import")
@@ -128,6 +129,11 @@ def import_population(
         if not equals:
             raise UserError(f"--map {text}: expected THEIRS=OURS")
         renamed[theirs] = ours
+    optimizer = read_config(config).optimizer.name
+    if optimizer != "niches":
+        raise UserError(
+            f"{config}: optimizer.name: expected niches, which alone takes founders, got {optimizer}"
+        )
     parsed = read_config(config, ["optimizer.founders=null"])
     plan = Plan(parsed, config.parent.resolve())
     known = read_population(population)

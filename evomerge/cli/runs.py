@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -56,7 +56,7 @@ def run(
     where = store or _store_of(parsed, base_dir) or DEFAULT_STORE
     with open_store(where, create=True) as opened:
         view = drive(parsed, base_dir, opened)
-        finish(view, where, as_json=as_json)
+        finish(view, opened, where, as_json=as_json)
 
 
 def resume(
@@ -85,8 +85,18 @@ def resume(
     given += [f"budget.evaluations={evaluations}"] if evaluations else []
     given += [f"workers.count={workers}"] if workers else []
     with open_store(store) as opened:
+        _check_budget(opened, run, evaluations)
         view = continued(run, opened, given, accept_drift=accept_drift)
-        finish(view, store or DEFAULT_STORE, as_json=as_json)
+        finish(view, opened, store or DEFAULT_STORE, as_json=as_json)
+
+
+def _check_budget(store: Store, name: str, evaluations: int | None) -> None:
+    from evomerge.cli.display import warn
+    from evomerge.report.overview import one_run
+
+    done = one_run(store, name)["evaluations"]
+    if evaluations is not None and evaluations <= done:
+        warn(f"--evaluations {evaluations}: the run has {done} already, so nothing more is searched")
 
 
 def drive(config: RunConfig, base_dir: Path, store: Store) -> RunView:
@@ -116,44 +126,42 @@ def continued(
         )
 
 
-def finish(view: RunView, store: str, *, as_json: bool) -> None:
-    """Write what the config asks for and print what was found."""
-    from evomerge.cli.display import console, print_json, result_table, task_table
-    from evomerge.report.summary import Summary, status_of
+def finish(view: RunView, store: Store, where: str, *, as_json: bool) -> None:
+    """Write what the config asks for and print what was found; `where` is the store as it was named."""
+    from evomerge.cli.display import console, print_found, print_json
+    from evomerge.report.overview import shown
 
-    data = Summary(view).to_json()
-    files = _outputs(view, store) if view.status == "finished" else {}
+    data = shown(store, view.name)
+    if not as_json:
+        print_found(data)  # first, because the files may meet a full disk
+    files = _outputs(view, data, where) if view.status == "finished" else {}
     if as_json:
         print_json({**data, "files": {name: str(path) for name, path in files.items()}})
         return
-    if data["best"] is not None:
-        console.print(result_table(data))
-    if data["gains"]:
-        console.print(task_table(data))
-    if data["best"]:
-        console.print(data["verdict"], markup=False)
     for kind, path in files.items():
         console.print(f"{kind}: {path}", soft_wrap=True, markup=False)
-    place = shown_store(store)
-    where = f" --store {place}" if store != DEFAULT_STORE else ""
-    if where:
+    place = shown_store(where)
+    option = f" --store {place}" if where != DEFAULT_STORE else ""
+    if option:
         console.print(f"store: {place}", soft_wrap=True, markup=False)
     if view.status != "finished":
-        console.print(f"run {view.name} is {status_of(view)}")
-        step = f"evomerge resume {view.name}{where}"
+        console.print(f"run {view.name} is {view.status}")
+        step = f"evomerge resume {view.name}{option}"
     elif "model" in files or not (data["gain"] and data["gain"]["shown"]):
-        longer = 2 * int(view.config["budget"]["evaluations"])
-        step = f"evomerge resume {view.name} --evaluations {longer}{where}    # search on"
+        longer = 2 * max(data["evaluations"], int(view.config["budget"]["evaluations"]))
+        step = f"evomerge resume {view.name} --evaluations {longer}{option}    # search on"
     else:
-        step = f"evomerge export {view.name} OUT{where}"
-    command = "evomerge" if shutil.which("evomerge") else sys.argv[0]
+        step = f"evomerge export {view.name} OUT{option}"
+    itself = f"{sys.executable} -m evomerge" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
+    command = "evomerge" if shutil.which("evomerge") else itself
     console.print(f"next: {step.replace('evomerge', command, 1)}", soft_wrap=True, markup=False)
     if view.status == "stopped":
         raise typer.Exit(130)
 
 
-def _outputs(view: RunView, store: str) -> dict[str, Path]:
+def _outputs(view: RunView, data: Mapping[str, Any], store: str) -> dict[str, Path]:
     """Write the report and the model where the config says so; a longer search may have another winner."""
+    from evomerge.checkpoints.whole import made_folder
     from evomerge.config import OutputSettings
 
     output = OutputSettings.model_validate(view.config["output"])
@@ -162,18 +170,16 @@ def _outputs(view: RunView, store: str) -> dict[str, Path]:
     if output.report:
         from evomerge.report.page import write_report
 
-        folder.mkdir(parents=True, exist_ok=True)
-        write_report(view, folder / "report.html")
+        with made_folder(folder):
+            write_report(view, folder / "report.html")
         written["report"] = folder / "report.html"
     if output.export:
         from evomerge.report.export import export_candidate
-        from evomerge.report.summary import Summary
 
-        summary = Summary(view)
-        target = folder / f"model-{summary.best}"
+        target = folder / f"model-{data['best'] and data['best']['candidate']}"
         if not target.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            export_candidate(view, target)
+            with made_folder(folder):
+                export_candidate(view, target)
         written["model"] = target
     return written
 
@@ -237,13 +243,12 @@ def demo(
     parsed = read_config(config)
     where = str(folder / "evomerge.db")
     with open_store(where, create=True) as opened:
-        known = {view.name: view for view in opened.runs()}
-        view = known.get(parsed.name)
+        view = opened.find(parsed.name)
         if view is None:
             view = drive(parsed, folder.resolve(), opened)
         elif view.status != "finished":
             view = continued(parsed.name, opened)
-        finish(view, where, as_json=as_json)
+        finish(view, opened, where, as_json=as_json)
 
 
 COMMANDS = (demo, run, resume, validate, schema)

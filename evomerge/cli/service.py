@@ -67,8 +67,7 @@ def serve(
         roots.append(path.resolve())
     where = store or DEFAULT_STORE
     if "://" not in where:
-        Path(where).parent.mkdir(parents=True, exist_ok=True)
-        where = str(Path(where).absolute())
+        where = str(Path(where).expanduser().absolute())
     settings = ServiceSettings(
         folder=folder.absolute(),
         store=where,
@@ -86,6 +85,9 @@ def serve(
 
 
 def _serve(settings: ServiceSettings) -> None:
+    from contextlib import nullcontext
+
+    from evomerge.checkpoints.whole import made_folder
     from evomerge.cli.display import errors, warn
     from evomerge.errors import UserError
     from evomerge.service.settings import LOOPBACK
@@ -103,7 +105,9 @@ def _serve(settings: ServiceSettings) -> None:
             warn("the token is sent unencrypted; put a proxy with TLS before the service")
         errors.print(f"token: in {settings.folder / 'token'}", markup=False, soft_wrap=True)
 
-    run(settings, ready=ready)
+    new = nullcontext() if "://" in settings.store else made_folder(Path(settings.store).parent)
+    with new:
+        run(settings, ready=ready)
 
 
 def submit(
@@ -119,7 +123,9 @@ def submit(
             help="What its paths are relative to, on the service's machine [the config's folder].",
         ),
     ] = None,
-    follow: Annotated[bool, typer.Option("--watch", help="Follow the run to its end.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--watch", help="Follow the run to its end; exit code 2 if it failed.")
+    ] = False,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -140,6 +146,8 @@ def submit(
             typer.echo(f"{line['name']}: {line['status']}")
     if as_json:
         print_json(line)
+    if follow and line["status"] != "finished":
+        raise typer.Exit(2 if line["status"] == "failed" else 130)
 
 
 def cancel(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evomerge.errors import FitnessError, nearest
+from evomerge.errors import FitnessError, Gathering, nearest
 from evomerge.fitness.measures import MEASURES, check_measure
 from evomerge.fitness.racing import rung_sizes
 from evomerge.fitness.scoring import KINDS, TaskRule
@@ -98,16 +98,20 @@ class TaskSet:
         if settings.allow_unsafe_code:
             os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the second consent that such metrics ask for
         self.tasks: dict[str, LoadedTask] = {}
-        with lm_eval_quiet():
-            for leaf in _load(settings, base_dir):
-                if leaf.name in self.tasks:
-                    raise FitnessError(f'fitness.tasks: "{leaf.name}" is reached twice; list it once')
-                self.tasks[leaf.name] = loaded = self._prepared(leaf)
-                if settings.racing and loaded.rule.kind != "mean":
-                    raise FitnessError(
-                        f"fitness.racing: {leaf.name}'s {loaded.rule.metric} is no mean over documents; "
-                        "choose another metric or leave out racing"
-                    )
+        with lm_eval_quiet(), Gathering() as gathering:
+            for leaf in _load(settings, base_dir, gathering):
+                with gathering.kept():
+                    self._add(leaf)
+
+    def _add(self, leaf: _Leaf) -> None:
+        if leaf.name in self.tasks:
+            raise FitnessError(f'fitness.tasks: "{leaf.name}" is reached twice; list it once')
+        self.tasks[leaf.name] = loaded = self._prepared(leaf)
+        if self.settings.racing and loaded.rule.kind != "mean":
+            raise FitnessError(
+                f"fitness.racing: {leaf.name}'s {loaded.rule.metric} is no mean over documents; "
+                "choose another metric or leave out racing"
+            )
 
     def _prepared(self, leaf: _Leaf) -> LoadedTask:
         where, task, wanted = f"fitness.tasks.{leaf.name}", leaf.task, leaf.wanted
@@ -217,8 +221,8 @@ _WHERE_DATA_LIES = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata"
 """Keys of a task's config that say where its documents come from; the documents themselves are hashed."""
 
 
-def _load(settings: FitnessSettings, base_dir: Path) -> Iterator[_Leaf]:
-    """Yield the tasks that the config reaches."""
+def _load(settings: FitnessSettings, base_dir: Path, gathering: Gathering) -> Iterator[_Leaf]:
+    """Yield the tasks that the config reaches; what is wrong with one keeps no other back."""
     adapt_templates()
     folders = [(base_dir / path).resolve() for path in settings.include_paths]
     trusted = [(base_dir / path).resolve() for path in settings.trust_code]
@@ -236,27 +240,32 @@ def _load(settings: FitnessSettings, base_dir: Path) -> Iterator[_Leaf]:
     if own is None:
         raise FitnessError("fitness.tasks: no task is given")
     for wanted in settings.tasks:
-        where = f"fitness.tasks.{wanted.name}"
-        if wanted.name not in known:
-            raise FitnessError(
-                f'{where}: unknown task "{wanted.name}"{nearest(wanted.name, known) or OWN_TASKS}'
-            )
-        try:
-            with only_trusted_functions(trusted):
-                loaded = own.load([wanted.name])
-            leaves = [(name, task, len(task.eval_docs)) for name, task in sorted(loaded["tasks"].items())]
-        except FitnessError:
-            raise
-        except Exception as problem:  # lm-eval and datasets raise whatever their readers raise
-            text = (str(problem).splitlines() or [""])[0]
-            raise FitnessError(f"{where}: cannot be loaded: {type(problem).__name__}: {text}") from problem
-        total, before = sum(size for *_, size in leaves), 0
-        group = loaded.get("groups", {}).get(wanted.name)
-        for name, task, size in leaves:
-            if size == 0:
-                raise FitnessError(f"{where}: task {name} has no documents")
-            yield _Leaf(wanted, name, task, size, before, total, len(leaves), group)
-            before += size
+        with gathering.kept():
+            if wanted.name not in known:
+                near = nearest(wanted.name, known) or OWN_TASKS
+                raise FitnessError(f'fitness.tasks.{wanted.name}: unknown task "{wanted.name}"{near}')
+            yield from _leaves(wanted, own, trusted)
+
+
+def _leaves(wanted: TaskSettings, register: Any, trusted: Sequence[Path]) -> Iterator[_Leaf]:
+    """Yield the tasks of one entry of the config."""
+    where = f"fitness.tasks.{wanted.name}"
+    try:
+        with only_trusted_functions(trusted):
+            loaded = register.load([wanted.name])
+        leaves = [(name, task, len(task.eval_docs)) for name, task in sorted(loaded["tasks"].items())]
+    except FitnessError:
+        raise
+    except Exception as problem:  # lm-eval and datasets raise whatever their readers raise
+        text = (str(problem).splitlines() or [""])[0]
+        raise FitnessError(f"{where}: cannot be loaded: {type(problem).__name__}: {text}") from problem
+    total, before = sum(size for *_, size in leaves), 0
+    group = loaded.get("groups", {}).get(wanted.name)
+    for name, task, size in leaves:
+        if size == 0:
+            raise FitnessError(f"{where}: task {name} has no documents")
+        yield _Leaf(wanted, name, task, size, before, total, len(leaves), group)
+        before += size
 
 
 def _manager(paths: Sequence[str], *, defaults: bool) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.config import RunConfig, parse_config
-from evomerge.errors import ConfigError
+from evomerge.errors import ConfigError, Gathering
 from evomerge.mergekit_evolve import is_evolve_config, read_evolve_config
 from evomerge.recipe import Recipe, SourceRef
 from evomerge.service.settings import ServiceSettings
@@ -71,23 +71,33 @@ def admit(config: RunConfig, folder: Path, settings: ServiceSettings) -> None:
     """Refuse a config that reaches beyond what the operator put below the roots.
 
     Raises:
-        ConfigError: In one line with the key.
+        ConfigError: In one line with the key, for each key.
     """
+    with Gathering() as gathering:
+        for problem in _taken(config, settings):
+            with gathering.kept():
+                raise ConfigError(problem)
+        with gathering.kept():
+            for key, path in _paths(config):
+                with gathering.kept():
+                    _below_a_root(settings, folder, path, key)
+
+
+def _taken(config: RunConfig, settings: ServiceSettings) -> Iterator[str]:
+    """Yield what is wrong with keys that only the operator decides about."""
     if config.store is not None:
-        raise ConfigError("store: the service has its own; leave the key out")
+        yield "store: the service has its own; leave the key out"
     if config.output.folder is not None:
-        raise ConfigError("output.folder: the service decides where results go; leave the key out")
+        yield "output.folder: the service decides where results go; leave the key out"
     if config.trackers:
-        raise ConfigError("trackers: they write where the service may; its operator has `evomerge track`")
+        yield "trackers: they write where the service may; its operator has `evomerge track`"
     if config.workers.ray_address is not None:
-        raise ConfigError("workers.ray_address: the service's operator names the cluster; leave the key out")
+        yield "workers.ray_address: the service's operator names the cluster; leave the key out"
     if config.fitness.allow_unsafe_code and not settings.allow_unsafe_code:
-        raise ConfigError(
+        yield (
             "fitness.allow_unsafe_code: tasks that run what a model writes are not allowed here; "
             "the operator can allow them with --allow-unsafe-code"
         )
-    for key, path in _paths(config):
-        _below_a_root(settings, folder, path, key)
 
 
 def _paths(config: RunConfig) -> Iterator[tuple[str, str]]:

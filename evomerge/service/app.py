@@ -49,11 +49,11 @@ _KINDS: tuple[tuple[type[UserError], int, str], ...] = (
 
 def make_parts(settings: ServiceSettings) -> Parts:
     """Open the store and return the parts, none of them started."""
-    store = Store.open(settings.store)
-    queue = JobQueue(store, settings.identity)
     launcher: Launcher = LocalLauncher()
     if settings.ray_address is not None:
         launcher = RayLauncher(settings.ray_address, settings.ray_python)
+    store = Store.open(settings.store)
+    queue = JobQueue(store, settings.identity)
     supervisor = Supervisor(settings, store, queue, launcher)
     hub = Hub(store, settings.most_watchers)
     return Parts(settings, store, queue, supervisor, hub, Metrics(store, queue, hub), ShownRuns(store))
@@ -146,8 +146,9 @@ def _add_errors(app: FastAPI) -> None:
     async def ours(request: Request, problem: UserError) -> JSONResponse:
         del request
         status, kind = next((s, k) for cls, s, k in _KINDS if isinstance(problem, cls))
-        key = key_of(str(problem)) if isinstance(problem, ConfigError) else None
-        return JSONResponse(error_body(kind, str(problem), key), status)
+        about_keys = isinstance(problem, ConfigError)
+        told = [{"message": line, "key": key_of(line) if about_keys else None} for line in problem.lines]
+        return JSONResponse(error_body(kind, str(problem), told[0]["key"], told[1:]), status)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, problem: RequestValidationError) -> JSONResponse:

@@ -274,11 +274,12 @@ def _problem(answer: httpx.Response) -> UserError:
     try:
         error = answer.json()["error"]
         kind, message = str(error["kind"]), str(error["message"])
+        others = [str(other["message"]) for other in error.get("others", [])]
     except (ValueError, KeyError, TypeError):
         return ServerError(
             f"server {answer.url.host}: answered {answer.status_code}, as no evomerge service does"
         )
-    return _KINDS.get(kind, ServerError)(message)
+    return _KINDS.get(kind, ServerError)(message, others)
 
 
 def _reason(problem: Exception) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import LimitError, UserError
-from evomerge.service.launcher import clean_environment
+from evomerge.service.launcher import clean_environment, complaints
 
 AT_ONCE = 2
 WAIT_SECONDS = 30.0
@@ -68,7 +68,9 @@ def _run(arguments: list[str], store: str, error: type[UserError]) -> str:
             raise
     if child.returncode == 0:
         return out
-    last = (err.strip().splitlines() or ["it said nothing"])[-1]
+    lines = err.strip().splitlines() or ["it said nothing"]
     if child.returncode == 2:
-        raise error(last.removeprefix("evomerge: "))
+        first, *others = complaints(lines) or lines[-1:]
+        raise error(first, others)
+    last = lines[-1]
     raise error(f"`evomerge {arguments[0]}` ended with {child.returncode}: {last[:300]}")

@@ -9,7 +9,7 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -56,9 +56,18 @@ class Refused(Exception):
         self.status, self.kind, self.headers = status, kind, headers
 
 
-def error_body(kind: str, message: str, key: str | None = None) -> dict[str, Any]:
-    """Return the one shape of all errors; `key` is the path of the config's key at fault."""
-    return {"error": {"kind": kind, "message": message, "key": key}}
+def error_body(
+    kind: str, message: str, key: str | None = None, others: Sequence[Mapping[str, str | None]] = ()
+) -> dict[str, Any]:
+    """Return the one shape of all errors.
+
+    Args:
+        kind: One word for machines.
+        message: What is wrong.
+        key: Path of the config's key at fault.
+        others: Message and key of whatever else is wrong.
+    """
+    return {"error": {"kind": kind, "message": message, "key": key, "others": list(others)}}
 
 
 class Guard:

@@ -17,6 +17,8 @@ from typing import Any
 from evomerge.errors import UserError
 
 LOG = "driver.log"
+SPEAKER = "evomerge: "
+"""How a command begins a line about what the user can mend."""
 KEPT_OUT = ("EVOMERGE_TOKEN", "EVOMERGE_TOKEN_FILE", "EVOMERGE_SERVER")
 """What a driver's environment has not got from the service's."""
 
@@ -83,16 +85,24 @@ class Launcher(ABC):
         """Return the end of what the driver has written, at most so many bytes."""
 
     def complaint(self, driver: Driver) -> str:
-        """Return the line with which a driver that ended said what the user can mend; empty if it did not.
+        """Return what a driver that ended said the user can mend, as one line; empty if it did not.
 
         Without a handle nobody knows where in the log the driver began: then it is empty too.
         """
         if not driver.handle:
             return ""
-        lines = self.log(driver, 8192).strip().splitlines()
-        last = lines[-1] if lines else ""
-        said = last.removeprefix("evomerge: ")
-        return "" if said in (last, "interrupted") else said
+        said = complaints(self.log(driver, 1 << 14).strip().splitlines())
+        return "" if said == ["interrupted"] else "; also: ".join(said)
+
+
+def complaints(lines: Sequence[str]) -> list[str]:
+    """Return what a command that refused says is wrong: the last lines of what it printed."""
+    said: list[str] = []
+    for line in reversed(lines):
+        if not line.startswith(SPEAKER):
+            break
+        said.insert(0, line.removeprefix(SPEAKER))
+    return said
 
 
 class LocalLauncher(Launcher):

@@ -80,7 +80,9 @@ class _Runs(Collector):
         best = GaugeMetricFamily(
             "evomerge_run_best_search_score", "Best search score, baselines included.", labels=["run"]
         )
-        candidates = GaugeMetricFamily("evomerge_run_candidates", "Candidates so far.", labels=["run"])
+        candidates = GaugeMetricFamily(
+            "evomerge_run_candidates", "Candidates, baselines included.", labels=["run"]
+        )
         outcomes = CounterMetricFamily(
             "evomerge_run_outcomes", "Outcomes so far.", labels=["run", "split", "status"]
         )

@@ -95,14 +95,22 @@ class ExportWish(Body):
     candidate: int | None = Field(default=None, ge=0, le=2**31 - 1, description="Its number [the winner].")
 
 
-class ErrorDetail(BaseModel):
-    """What went wrong."""
+class Fault(BaseModel):
+    """One thing that is wrong."""
 
     key: str | None = Field(
         default=None, description="Path of the config's key at fault.", examples=["space.method"]
     )
-    kind: str = Field(description="One word for machines.", examples=["config"])
     message: str = Field(description="The line that the command would print.")
+
+
+class ErrorDetail(Fault):
+    """What went wrong."""
+
+    kind: str = Field(description="One word for machines.", examples=["config"])
+    others: list[Fault] = Field(
+        default_factory=list, description="What else is wrong; the last may say how many are left out."
+    )
 
 
 class ErrorAnswer(BaseModel):

@@ -7,6 +7,7 @@ machine.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,9 +30,14 @@ class RayLauncher(Launcher):
     Args:
         address: Of the cluster's dashboard, such as `http://head:8265`.
         python: The interpreter on the cluster's machines.
+
+    Raises:
+        UserError: The address is none. Whether a cluster answers there is not asked yet.
     """
 
     def __init__(self, address: str, python: str = sys.executable) -> None:
+        if not re.fullmatch(r"https?://[^/\s]+/?", address):
+            raise UserError(f"--ray-address {address}: expected http://HOST:8265, the cluster's dashboard")
         token = os.environ.get(TOKEN)
         headers = {"authorization": f"Bearer {token}"} if token else {}
         self._address, self._python = address.rstrip("/"), python

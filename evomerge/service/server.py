@@ -15,7 +15,7 @@ from evomerge.errors import UserError
 from evomerge.service.app import make_app, make_parts
 from evomerge.service.feed import Hub
 from evomerge.service.settings import ServiceSettings
-from evomerge.service.state import identity_of, make_folder, only_one, token_of
+from evomerge.service.state import identity_of, own_folder, token_of
 
 STALLED_MILLISECONDS = 60_000
 """A connection that takes nothing for so long is cut by the kernel."""
@@ -90,13 +90,14 @@ def serve(settings: ServiceSettings, *, ready: Callable[[str], None] = lambda ad
         ready: Called with the address once connections are taken.
 
     Raises:
-        UserError: The folder is served already, the port is taken, or the store cannot be opened.
+        UserError: The folder is served already, the port is taken, or the store cannot be opened; what
+            did not exist before does not exist then.
     """
-    make_folder(settings.folder)
-    with only_one(settings.folder):
+    with own_folder(settings.folder) as begun:
         token, identity = token_of(settings.folder), identity_of(settings.folder)
         service = Service(dataclasses.replace(settings, token=token, identity=identity))
         ready(service.address)
+        begun()
         service.run()
 
 

@@ -6,28 +6,43 @@ import fcntl
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from evomerge.checkpoints.whole import made_folder, remove
 from evomerge.errors import UserError
 
+LOCK = "lock"
 TOKEN = "token"  # noqa: S105 (a file's name)
+IDENTITY = "identity"
+FILES = (LOCK, TOKEN, IDENTITY)
+"""What a start makes."""
+
 LEAST_TOKEN = 32
 
 
-def make_folder(folder: Path) -> None:
-    """Make the folder, readable by its owner only.
+@contextmanager
+def own_folder(folder: Path) -> Iterator[Callable[[], None]]:
+    """Make the folder, readable by its owner only, and hold it for a block that starts a service there.
+
+    Yields what the block calls once the service has begun. If it fails before, the files that were made are
+    removed, and the folder if nothing else is in it.
 
     Raises:
-        UserError: It cannot be made or written.
+        UserError: It cannot be made or written, or another process holds it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as problem:
-        raise UserError(f"--folder {folder}: cannot be made: {problem.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--folder {folder}: is not writable; give another folder")
+    new = [folder / name for name in FILES if not os.path.lexists(folder / name)]
+    with made_folder(folder, mode=0o700):
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"--folder {folder}: is not writable; give another folder")
+        with only_one(folder):
+            try:
+                yield new.clear
+            except BaseException:
+                for path in new:
+                    remove(path)
+                raise
 
 
 @contextmanager
@@ -37,7 +52,7 @@ def only_one(folder: Path) -> Iterator[None]:
     Raises:
         UserError: Another process holds it.
     """
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,4 +120,4 @@ def token_of(folder: Path) -> str:
 
 def identity_of(folder: Path) -> str:
     """Return the name under which this service takes jobs, made at the first call."""
-    return written_once(folder / "identity", secrets.token_hex(8))
+    return written_once(folder / IDENTITY, secrets.token_hex(8))

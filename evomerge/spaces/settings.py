@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import islice
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -12,7 +13,7 @@ from evomerge.errors import RecipeError, nearest
 from evomerge.recipe import Dtype, Scalar, check_value
 from evomerge.records import Role
 from evomerge.spaces.dataflow_settings import DataFlowSettings, LayerEditsSettings
-from evomerge.strict import StrictModel
+from evomerge.strict import MOST_LOOKED_AT, StrictModel, all_wrong
 
 ROLES: tuple[Role, ...] = ("attention", "mlp", "norm", "embedding", "head", "other")
 
@@ -119,23 +120,35 @@ class ParameterSettings(StrictModel):
             raise ValueError(f"expected distinct names, got {list(split)}")
         return split
 
+    @classmethod
+    def misnamed(cls, data: dict[Any, Any]) -> list[str]:
+        """Return unknown keys, and the names of a method or of parameters that there are not."""
+        found, name, parameters = super().misnamed(data), data.get("method"), data.get("parameters")
+        if not isinstance(name, str):
+            return found
+        try:
+            method = method_named(name)
+        except RecipeError as problem:
+            return [*found, f"method: {problem}"]
+        for given in islice(parameters if isinstance(parameters, dict) else (), MOST_LOOKED_AT):
+            try:
+                method.parameter(str(given))
+            except RecipeError as problem:
+                found.append(f"parameters: {problem}")
+        return found
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        try:
-            method = method_named(self.method)
-        except RecipeError as problem:
-            raise ValueError(f"method: {problem}") from None
+        method, problems = method_named(self.method), []
         for name, span in self.parameters.items():
             try:
-                parameter = method.parameter(name)
+                _check_span(name, span, method.parameter(name))
             except RecipeError as problem:
-                raise ValueError(f"parameters: {problem}") from None
-            try:
-                _check_span(name, span, parameter)
-            except RecipeError as problem:
-                raise ValueError(str(problem)) from None
+                problems.append(str(problem))
         if isinstance(self.seed, SeedSpan) and not method.random:
-            raise ValueError(f"seed: method {method.name} draws nothing at random")
+            problems.append(f"seed: method {method.name} draws nothing at random")
+        if problems:
+            raise all_wrong(problems, self.parameters)
         return self
 
     def span(self, parameter: Parameter) -> Scalar | Span:

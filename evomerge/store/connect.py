@@ -26,6 +26,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 
+from evomerge.checkpoints.whole import why_not_made
 from evomerge.errors import StoreError
 from evomerge.faults import reached
 from evomerge.store.tables import META, METADATA, SCHEMA
@@ -295,7 +296,23 @@ def _check_file(path: Path, *, create: bool) -> None:
             raise StoreError(f"store {path}: this is no SQLite file: give another path")
     except OSError as error:
         raise StoreError(f"store {path}: {error.strerror}; give another path") from None
-    kind = _filesystem(path.parent)
+    _check_local(path, path.parent)
+
+
+def check_place(path: Path) -> None:
+    """Refuse a path at which no SQLite file can be made; directories that are missing can be.
+
+    Raises:
+        StoreError: It lies below no writable directory, or on a network filesystem.
+    """
+    problem = why_not_made(path.parent)
+    if problem:
+        raise StoreError(f"store {path}: {problem}; give another path")
+    _check_local(path, path.parent)
+
+
+def _check_local(path: Path, directory: Path) -> None:
+    kind = _filesystem(directory)
     if kind.removeprefix("fuse.").startswith(NETWORK_FILESYSTEMS):
         raise StoreError(
             f"store {path}: SQLite is not safe on a network filesystem ({kind});"

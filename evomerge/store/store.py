@@ -6,15 +6,25 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self, cast
 
 from sqlalchemy import Connection, Engine, insert, select, update
 
+from evomerge.checkpoints.whole import made_folder, partial_of, remove, remove_stale, sync
 from evomerge.errors import ConflictError, MissingError, StoreError, nearest
 from evomerge.faults import reached
-from evomerge.store.connect import insist, locate, lock, make_engine, prepare, shown, translated
+from evomerge.store.connect import (
+    check_place,
+    insist,
+    locate,
+    lock,
+    make_engine,
+    prepare,
+    shown,
+    translated,
+)
 from evomerge.store.owner import LEASE_SECONDS, Owner
 from evomerge.store.run import Run
 from evomerge.store.tables import RUNS, intact, now, pack
@@ -36,6 +46,7 @@ class Store:
         self._engine = engine
         self._pid = os.getpid()
         self._turn = threading.Lock()
+        self._missing: Path | None = None
         if engine.dialect.name == "sqlite":
             self._reader = engine
         else:
@@ -68,6 +79,61 @@ class Store:
             raise
         return store
 
+    @classmethod
+    def planned(cls, url: str | Path) -> Store:
+        """Open a store that its first run makes, if it is a SQLite file that is not there yet.
+
+        So a run that cannot begin leaves no empty store behind, and no store that others use has to be
+        removed. Folders of the file are made with it.
+
+        Raises:
+            StoreError: As `open`; or a file cannot be made there.
+        """
+        target = locate(url)
+        file = Path(str(target.database)) if target.get_backend_name() == "sqlite" else None
+        if file is None or os.path.lexists(file):
+            return cls.open(url)
+        check_place(file)
+        store = cls(make_engine(target))
+        store._missing = file
+        return store
+
+    def _make(self) -> None:
+        """Make what was planned; another process may have done it."""
+        if self._missing is not None:
+            with translated(self._engine.url), made_folder(self._missing.parent, error=StoreError):
+                prepare(self._reader, self._writer, create=True)
+            self._missing = None
+
+    def _make_with(self, name: str, config: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+        """Make what was planned with a first run in it, whole or not at all.
+
+        It is written beside its place and linked there, which fails if another process was quicker: then,
+        and where there are no links, nothing is made and False is returned.
+        """
+        path = self._missing
+        if path is None or path.exists():
+            return False
+        with made_folder(path.parent, error=StoreError):
+            remove_stale(path)
+            partial = partial_of(path)
+            try:
+                with made_folder(partial, error=StoreError), Store.open(partial / path.name) as store:
+                    store.create_run(name, config, facts)
+                if len(list(partial.iterdir())) > 1:
+                    raise StoreError(f"store {path}: its log cannot be written back; free some space")
+                try:
+                    os.link(partial / path.name, path)
+                except OSError:
+                    return False
+                with suppress(OSError):
+                    sync(path.parent)
+            except StoreError as problem:
+                raise StoreError(str(problem).replace(str(partial / path.name), str(path))) from problem
+            finally:
+                remove(partial)
+        return True
+
     def create_run(self, name: str, config: Mapping[str, Any], facts: Mapping[str, Any]) -> Run:
         """Begin a run and become its driver.
 
@@ -93,6 +159,11 @@ class Store:
             "config": pack(dict(config), f'run "{name}": its config'),
             "facts": pack(dict(facts), f'run "{name}": its facts'),
         }
+        made = self._make_with(name, config, facts)
+        self._make()
+        if made:
+            with self.reading() as connection:
+                return Run(self, connection.execute(RUN_ROW.where(RUNS.c.name == name)).one())
         with self.writing() as connection:
             self.lock(connection)
             self.check_free(connection, name)
@@ -148,6 +219,8 @@ class Store:
 
     def find(self, name: str) -> RunView | None:
         """Return a run to read; None if there is none of that name."""
+        if self._missing is not None and not self._missing.exists():
+            return None
         with self.reading() as connection:
             row = connection.execute(RUN_ROW.where(RUNS.c.name == name)).one_or_none()
         return None if row is None else RunView(self, row)
@@ -172,6 +245,10 @@ class Store:
     def reading(self) -> Iterator[Connection]:
         """Open a transaction that reads, as of one moment; database errors become a StoreError."""
         self._check_process()
+        if self._missing is not None:
+            if not self._missing.exists():
+                raise MissingError(f"store {self.location}: it has no runs yet")
+            self._make()
         with translated(self._engine.url), self._reader.begin() as connection:
             yield connection
 

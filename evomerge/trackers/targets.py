@@ -67,10 +67,8 @@ def parse_target(text: str, folder: Path) -> Target:
     """
     kind, colon, where = text.partition(":")
     if kind not in _KINDS or not colon or not where:
-        raise UserError(
-            f"tracker {text}: expected KIND:WHERE with a kind among {', '.join(_KINDS)}, such as "
-            f"tensorboard:tb{nearest(kind, _KINDS)}"
-        )
+        hint = nearest(kind, _KINDS) if kind not in _KINDS else ""
+        raise UserError(f"tracker {text}: expected KIND:WHERE, such as tensorboard:tb{hint}")
     package = _KINDS[kind][0]
     if importlib.util.find_spec(package) is None:
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -35,18 +36,28 @@ def world(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Return a hash of every file, those of stores left out: opening one for reading touches its journal."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and ".db" not in path.name and "__pycache__" not in path.parts
-    }
+    """Return all files with a hash, and folders; of a store only that it is there, since reading it writes."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if "__pycache__" not in path.parts and not path.name.endswith(("-wal", "-shm")):
+            hashed = path.is_file() and ".db" not in path.name
+            content = hashlib.sha256(path.read_bytes()).hexdigest() if hashed else ""
+            found[str(path.relative_to(folder))] = content
+    return found
 
 
 def refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
 ) -> str:
     """Run a command that must be refused; return its one line."""
+    (line,) = complaints(folder, monkeypatch, capsys, *arguments)
+    return line
+
+
+def complaints(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> list[str]:
+    """Run a command that must be refused; return its lines, one a fault."""
     before = tree(folder)
     monkeypatch.setattr(sys, "argv", ["evomerge", *arguments])
     capsys.readouterr()
@@ -60,9 +71,8 @@ def refused(
         for line in err.strip().splitlines()
         if line not in ("reading sources and tasks", "starting workers", "loading")
     ]
-    assert len(lines) == 1, err
     assert "Traceback" not in err + out
-    return lines[0]
+    return lines
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -133,6 +143,48 @@ SOURCES: list[tuple[str, Callable[[Path], None], str]] = [
 ]
 
 
+def ended_well(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["evomerge", *arguments])
+    with pytest.raises(SystemExit) as raised:
+        main()
+    assert raised.value.code in (None, 0)
+
+
+def test_places_that_cannot_be(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run, then outputs below a file, under too long a name, and a budget that is spent."""
+    ended_well(monkeypatch, "run", "config.yaml", "--set", "budget.evaluations=4")
+    for out in ("config.yaml/report.html", "x" * 300 + "/report.html", "new/" + "x" * 300):
+        line = refused(world, monkeypatch, capsys, "report", "small", "--out", out)
+        assert re.search(r"cannot be made|cannot be written|choose another", line), line
+    capsys.readouterr()
+    ended_well(monkeypatch, "resume", "small", "--evaluations", "3")
+    out, err = capsys.readouterr()
+    assert "note: --evaluations 3: the run has 4 already, so nothing more is searched" in err
+    assert "resume small --evaluations 8" in out
+
+
+@pytest.mark.parametrize("verb", ["validate", "run"])
+def test_everything_that_is_missing_is_told_at_once(
+    verb: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = ["./one", "./absent", "./nowhere"]
+    write_config(world, sources={"models": models}, fitness={"function": "none.py:score"})
+    lines = complaints(world, monkeypatch, capsys, verb, "config.yaml")
+    assert [line.partition(":")[0] for line in lines] == ["evomerge"] * 3
+    for line, part in zip(lines, ("./absent: no such", "./nowhere: no such", "none.py: cannot"), strict=True):
+        assert part in line
+    write_config(world, fitness={**TASKS, "tasks": ["choice", {"name": "choice", "metric": "x"}, "chois"]})
+    assert "listed twice" in refused(world, monkeypatch, capsys, verb, "config.yaml")
+    tasks = [{"name": "choice", "metric": "x"}, {"name": "written", "filter": "y"}]
+    write_config(world, fitness={**TASKS, "tasks": tasks})
+    lines = complaints(world, monkeypatch, capsys, verb, "config.yaml")
+    assert [line.split(":")[1] for line in lines] == [
+        *(" fitness.tasks.choice.metric", " fitness.tasks.written.filter")
+    ]
+
+
 @pytest.mark.parametrize(("change", "named"), [s[1:] for s in SOURCES], ids=[s[0] for s in SOURCES])
 @pytest.mark.parametrize("verb", ["validate", "run"])
 def test_a_broken_source_is_refused(
@@ -145,9 +197,6 @@ def test_a_broken_source_is_refused(
 ) -> None:
     change(world)
     assert named in refused(world, monkeypatch, capsys, verb, "config.yaml")
-    if verb == "run":
-        with Store.open("runs/evomerge.db") as store:
-            assert store.runs() == []
 
 
 CONFIGS: list[tuple[str, dict[str, Any], str]] = [
@@ -183,6 +232,7 @@ CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("a text for a number", {"seed": "many"}, "seed"),
     ("resampling without generations", {**tasks(resample=10), "optimizer": {"name": "random"}}, "fitness.resample"),
     ("drawing more than there is", tasks(resample=31), "resample"),
+    ("results below a file", {"output": {"folder": "config.yaml/x"}}, "config.yaml is no directory; name another"),
     ("a store that cannot be reached", {"store": "postgresql://nobody@127.0.0.1:1/none"}, "127.0.0.1"),
     ("a start that is not there", {"optimizer": {"name": "cma_es", "start": ["absent.yaml"]}}, "absent.yaml"),
 ]  # fmt: skip
@@ -197,7 +247,7 @@ def test_a_wrong_config_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_config(world, **changes)
-    line = refused(world, monkeypatch, capsys, "run", "config.yaml")
+    line = complaints(world, monkeypatch, capsys, "run", "config.yaml")[0]
     assert named in line
 
 
@@ -248,6 +298,12 @@ COMMANDS = [
     (("merge", "config.yaml", "out"), "config.yaml"),
     (("merge", "absent.yaml", "out"), "absent.yaml"),
     (("evaluate", "absent", "config.yaml"), "absent"),
+    (
+        ("population", "import", "x.json", "config.yaml", "y.json"),
+        "optimizer.name: expected niches, which alone takes founders, got cma_es",
+    ),
+    (("track", "small", "--to", "tensorbord:x"), 'did you mean "tensorboard"'),
+    (("run", "config.yaml", "--store", "config.yaml/new/runs.db"), "config.yaml is no directory"),
 ]
 
 

@@ -137,7 +137,13 @@ def test_a_run_from_submit_to_export(world: Path, tmp_path: Path) -> None:
         done = service.command("submit", "config.yaml", "--watch", "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["status"] == "finished"
-        assert "phase: phase select" in done.stderr
+        assert "phase: select" in done.stderr
+
+        failed = service.command(
+            "submit", "config.yaml", "--name", "bad", "--watch", "--set", "space.split=[x]"
+        )
+        assert failed.returncode == 2
+        assert 'error: space.split: no tensor is "x"' in failed.stderr
 
         # The same again is the same run; another config of that name is refused in one line.
         assert service.command("submit", "config.yaml").stdout == "small: finished\n"
@@ -250,6 +256,9 @@ def test_the_service_says_what_is_wrong_in_one_line(world: Path, tmp_path: Path)
     assert "no such folder" in refused("serve", "--root", "nothing")
     place = ("--folder", tmp_path / "s", "--store", tmp_path / "r.db")
     assert "cannot listen there" in refused("serve", *place, "--host", "203.0.113.7")
+    assert not (tmp_path / "s").exists()
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "token").write_text("x" * 43)
     (tmp_path / "s" / "token").chmod(0o644)
     assert "chmod 600" in refused("serve", *place)
     code = (

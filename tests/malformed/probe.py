@@ -27,6 +27,9 @@ HANGING = 120
 CEILING = 3 * 2**30
 """Bytes of address space beyond those of the warm process."""
 
+MOST_LINES = 11
+"""Most lines of error: ten faults, and one that counts the others."""
+
 CHATTER = ("note: ", "reading sources and tasks")
 """How lines on standard error begin that are no error."""
 
@@ -37,7 +40,7 @@ class Answer:
 
     Attributes:
         code: Its exit code.
-        line: Its one line of error; empty if it ended well.
+        line: Its first line of error; empty if it ended well. A line for each further fault may follow.
         problem: What it did that no command may do; empty if nothing.
         seconds: Processor time that it took.
         elapsed: Time on the clock.
@@ -133,8 +136,12 @@ def _problem(code: int, lines: list[str], printed: str) -> str:
     strange = {letter for letter in printed if not letter.isprintable() and letter != "\n"}
     if strange:
         return f"prints {sorted(strange)}"
-    if code == 2 and (len(lines) != 1 or not lines[0].startswith("evomerge: ") or len(lines[0]) > 2000):
-        return f"not one line: {lines}"
+    if code == 2 and not 1 <= len(lines) <= MOST_LINES:
+        return f"not 1 to {MOST_LINES} lines: {lines}"
+    if code == 2 and not all(line.startswith("evomerge: ") and len(line) < 2000 for line in lines):
+        return f"a line that names no fault, or is too long: {lines}"
+    if code == 2 and len(set(lines)) < len(lines):
+        return f"a fault is told twice: {lines}"
     return ""
 
 

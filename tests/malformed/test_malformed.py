@@ -1,4 +1,4 @@
-"""Every broken file gets one line and exit code 2, quickly and in little memory; nothing crashes or hangs."""
+"""Every broken file gets a line for each fault and exit code 2, quickly and in little memory; nothing crashes."""
 
 from __future__ import annotations
 

@@ -348,7 +348,10 @@ def test_numbers_that_cannot_be_merged_or_stored(folder: Path, tmp_path: Path) -
     ("text", "part"),
     [
         ("method: sun\nadapters: [a]", 'did you mean "sum"'),
-        ("adapters: [a]", "method: expected one of"),
+        (
+            "adapters: [a]",
+            "method: expected a way to merge adapters, got None; known: extract, lego, rmm, sum",
+        ),
         ("[a]", "expected a mapping"),
         ("method: sum", "adapters: missing"),
         ("method: sum\nadapters: [a]\nseed: 1", "unknown key"),

@@ -45,7 +45,7 @@ class Live:
         assert answer.status_code == status, answer.text
         body = answer.json()
         assert set(body) == {"error"}
-        assert set(body["error"]) == {"kind", "message", "key"}
+        assert set(body["error"]) == {"kind", "message", "key", "others"}
         assert "\n" not in body["error"]["message"]
         return str(body["error"]["message"])
 

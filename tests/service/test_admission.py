@@ -105,6 +105,15 @@ def test_what_the_operator_decides_is_refused_by_its_key(
         assert key_of(str(caught.value)) == key
 
 
+def test_all_that_is_not_allowed_is_told(settings: ServiceSettings) -> None:
+    changes = {"store": "x.db", "trackers": ["optuna:x.db"], "fitness": {"function": "/etc/x.py:score"}}
+    with pytest.raises(ConfigError) as caught:
+        check(settings, sources={"models": ["/etc/a", "/etc/b"]}, **changes)
+    assert [key_of(line) for line in caught.value.lines] == [
+        *("store", "trackers", "sources", "sources", "fitness.function")
+    ]
+
+
 def test_the_operator_can_allow_unsafe_tasks(tmp_path: Path) -> None:
     settings = settings_in(tmp_path, allow_unsafe_code=True)
     check(settings, fitness={"tasks": ["humaneval"], "allow_unsafe_code": True})

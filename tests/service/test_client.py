@@ -25,6 +25,11 @@ def test_it_raises_what_the_library_raises(live: Live) -> None:
             client.cancel("demo")
         with pytest.raises(ConfigError, match='space.method: unknown merge method "tie"'):
             client.validate({"name": "x", "space": {"method": "tie"}})
+        with pytest.raises(ConfigError) as caught:
+            client.validate({"name": "x", "space": {"method": "tie"}, "seed": -1})
+        assert [line.removeprefix("config: ").partition(":")[0] for line in caught.value.lines] == [
+            *("seed", "space.method", "sources", "fitness")
+        ]
         with pytest.raises(UserError, match=r"query\.limit"):
             client.candidates("demo", limit=0)
         assert client.candidates("demo", limit=1)["candidates"][0]["number"] == 0

@@ -194,6 +194,10 @@ def test_a_wrong_config_is_shown_at_its_line(dash: Dash) -> None:
     assert "/new" in page.url
     page.get_by_label("Config").fill(text.replace("tis", MARKUP.replace('"', "'")))
     expect(page.locator("#verdict")).to_contain_text("<img src=x")
+    page.get_by_label("Config").fill(text.replace("tis", "ties") + "budgt: 1\nseed: x\n")
+    expect(page.locator("#verdict .note.bad")).to_have_count(2)
+    expect(page.locator("#verdict")).to_contain_text('did you mean "budget"')
+    expect(page.locator("#verdict .key")).to_have_text("seed")
     page.get_by_label("Config").fill(text.replace("tis", "ties"))
     expect(page.locator("#verdict .good")).to_be_visible()
     expect(page.locator(".gutter .wrong")).to_have_count(0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from evomerge.errors import UserError
-from evomerge.service.launcher import Driver, LocalLauncher
+from evomerge.service.launcher import Driver, LocalLauncher, complaints
 from evomerge.store import Store
 
 
@@ -49,6 +49,12 @@ def test_a_driver_lives_until_it_ends_and_says_why(driver: Driver) -> None:
     assert launcher.complaint(again) == ""  # the log of the one before is not its own
     assert "nothing.yaml" in launcher.log(started, 10_000)
     assert launcher.complaint(driver) == ""  # a handle that was never recorded: perhaps another's complaint
+
+
+def test_what_a_command_complains_of_are_its_last_lines() -> None:
+    said = ["evomerge: a", "a note", "evomerge: b", "evomerge: c"]
+    assert complaints(said) == ["b", "c"]
+    assert complaints([*said, "Killed"]) == []
 
 
 def test_another_service_finds_it_by_its_folder_alone(driver: Driver, watched: tuple[str, ...]) -> None:

@@ -28,6 +28,12 @@ def cluster() -> Iterator[RayJobs]:
         yield cluster
 
 
+@pytest.mark.parametrize("address", ["head", "head:8265", "ray://head:10001", "http://", "http://head/x"])
+def test_an_address_that_is_none_is_refused_at_the_start(address: str) -> None:
+    with pytest.raises(UserError, match=r"expected http://HOST:8265, the cluster's dashboard"):
+        RayLauncher(address)
+
+
 def test_a_job_says_why_it_failed(cluster: RayJobs, tmp_path: Path) -> None:
     launcher = RayLauncher(cluster.address)
     driver = Driver("evomerge-x-1-1", tmp_path)

@@ -161,6 +161,22 @@ def test_metrics(live: Live) -> None:
     assert "measured" not in live.http.get(f"{address}/metrics").text
 
 
+def test_a_refusal_has_every_fault_with_its_key(live: Live) -> None:
+    config = {"name": "x", "sede": 1, "space": {"method": "tie"}, "budget": {"hours": 0}}
+    answer = live.http.post("/configs/validate", json={"config": config})
+    assert answer.status_code == 422
+    error = answer.json()["error"]
+    assert (error["kind"], error["key"]) == ("config", None)
+    assert error["message"] == 'config: unknown key "sede"; did you mean "seed"?'
+    assert [fault["key"] for fault in error["others"]] == [
+        "space.method",
+        "budget.hours",
+        "sources",
+        "fitness",
+    ]
+    assert error["others"][1]["message"] == "config: budget.hours: expected more than 0, got 0"
+
+
 def test_openapi_has_examples_and_one_error(live: Live) -> None:
     document = live.http.get("/openapi.json").json()
     submit = document["paths"]["/api/v1/runs"]["post"]

@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 
 from evomerge.errors import UserError
-from evomerge.service.state import identity_of, make_folder, only_one, token_of
+from evomerge.service.state import identity_of, only_one, own_folder, token_of
 
 
 def test_the_token_is_made_once_and_for_its_owner_only(tmp_path: Path) -> None:
     folder = tmp_path / "state"
     old = os.umask(0)
     try:
-        make_folder(folder)
-        token = token_of(folder)
+        with own_folder(folder) as begun:
+            token = token_of(folder)
+            begun()
     finally:
         os.umask(old)
     assert len(token) >= 43
@@ -31,8 +32,48 @@ def test_the_token_is_made_once_and_for_its_owner_only(tmp_path: Path) -> None:
 
 
 def make(folder: Path) -> Path:
-    make_folder(folder)
+    folder.mkdir()
     return folder
+
+
+def start(folder: Path, fails: type[BaseException], *, late: bool = False) -> None:
+    """Begin a service that fails, before or after it has begun."""
+    with own_folder(folder) as begun:
+        token_of(folder)
+        identity_of(folder)
+        if late:
+            begun()
+        raise fails
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        start(tmp_path / "new" / "state", UserError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_that_fails_keeps_what_was_there(tmp_path: Path) -> None:
+    token = token_of(tmp_path)
+    (tmp_path / "jobs").mkdir()
+    with pytest.raises(UserError):
+        start(tmp_path, UserError)
+    assert {path.name for path in tmp_path.iterdir()} == {"token", "jobs"}
+    assert token_of(tmp_path) == token
+
+
+def test_what_goes_wrong_after_the_start_removes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "state", KeyboardInterrupt, late=True)
+    assert {path.name for path in (tmp_path / "state").iterdir()} == {"lock", "token", "identity"}
+
+
+def test_a_service_that_is_refused_takes_nothing_from_the_one_that_runs(tmp_path: Path) -> None:
+    with own_folder(tmp_path) as begun:
+        token = token_of(tmp_path)
+        begun()
+        with pytest.raises(UserError, match="serves it already"), own_folder(tmp_path):
+            raise AssertionError("two services on one folder")
+        assert token_of(tmp_path) == token
 
 
 @pytest.mark.parametrize(

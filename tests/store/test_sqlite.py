@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import event
 
-from evomerge.errors import StoreError
+from evomerge.errors import ConflictError, MissingError, StoreError
 from evomerge.store import Store, connect
 from tests.store.processes import GENERATION, advance, make_candidate, make_outcome
 
@@ -211,7 +211,7 @@ def test_a_full_disk_at_any_write(store: Store, path: Path) -> None:
 def test_a_file_that_may_grow_no_more(path: Path) -> None:
     program = """
 import resource, signal, sys
-from evomerge.errors import StoreError
+from evomerge.errors import ConflictError, MissingError, StoreError
 from evomerge.store import Store
 from tests.store.processes import advance
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -261,3 +261,62 @@ def test_nothing_reads_whole_tables(store: Store) -> None:
     assert len(plans) > 20
     scans = [plan for plan in plans if plan.startswith("SCAN") and "CONSTANT ROW" not in plan]
     assert not scans
+
+
+def test_a_planned_store_is_made_by_its_first_run_with_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "below" / "store.db"
+    with Store.planned(path) as store:
+        assert store.find("r") is None
+        with pytest.raises(MissingError, match="it has no runs yet"):
+            store.run("r")
+        assert list(tmp_path.iterdir()) == []
+        store.create_run("r", {}, {})
+        assert store.run("r").name == "r"
+    with Store.open(path, create=False) as store:
+        assert [run.name for run in store.runs()] == ["r"]
+
+
+def test_a_planned_store_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    """No file may grow beyond so many bytes, in a process of its own: as on a full disk."""
+    code = (
+        "import resource, sys\n"
+        "from evomerge.errors import StoreError\nfrom evomerge.store import Store\n"
+        "store = Store.planned(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))\n"
+        "try:\n    store.create_run('r', {}, {})\nexcept StoreError as problem:\n    print(problem)\n"
+    )
+    path = tmp_path / "new" / "store.db"
+    for size in (0, 4096, 1 << 15, 1 << 16, 1 << 20):
+        done = subprocess.run(
+            [sys.executable, "-c", code, path, str(size)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        if size == 1 << 20:
+            assert not done.stdout
+            assert [file.name for file in path.parent.iterdir()] == ["store.db"]
+        else:
+            assert done.stdout.startswith(f"store {path}: "), done.stdout
+            assert list(tmp_path.iterdir()) == [], size
+
+
+def test_two_drivers_that_plan_one_store_both_have_their_runs(path: Path) -> None:
+    with Store.planned(path) as one, Store.planned(path) as two:
+        one.create_run("a", {}, {})
+        assert two.find("a") is not None
+        two.create_run("b", {}, {})
+        with Store.planned(path) as three:
+            assert [run.name for run in three.runs()] == ["a", "b"]
+        with pytest.raises(ConflictError, match='run "a" exists'):
+            two.create_run("a", {}, {})
+
+
+def test_a_store_that_cannot_be_made_is_refused_when_planned_or_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"file is no directory; give another path"):
+        Store.planned(tmp_path / "file" / "below" / "store.db")
+    with Store.planned(tmp_path / "new" / "below" / "store.db") as store:
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / "below").write_text("")
+        with pytest.raises(StoreError, match=r"cannot be made \(File exists\)"):
+            store.create_run("r", {}, {})
+    assert (tmp_path / "new" / "below").read_text() == ""

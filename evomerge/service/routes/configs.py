@@ -41,7 +41,8 @@ def router(parts: Parts) -> APIRouter:
                     ["validate", file, "--relative-to", folder], settings.store, ConfigError
                 )
             except ConfigError as problem:
-                raise ConfigError(str(problem).removeprefix(f"{file}: ")) from None
+                first, *others = (line.removeprefix(f"{file}: ") for line in problem.lines)
+                raise ConfigError(first, others) from None
         return found
 
     @routes.get("/schema")

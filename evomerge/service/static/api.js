@@ -18,11 +18,12 @@ export const token = {
 
 /** An answer that says what went wrong. */
 export class ServiceError extends Error {
-  constructor(status, { kind, message, key }) {
+  constructor(status, { kind, message, key, others }) {
     super(message);
     this.status = status;
     this.kind = kind;
     this.key = key ?? null;
+    this.others = others ?? [];
   }
 }
 

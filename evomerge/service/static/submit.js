@@ -33,33 +33,38 @@ export async function submitPage(main, from, signal) {
   const check = h("button", { type: "button", onclick: () => validate(false) }, "Check all");
   const go = h("button", { type: "submit", class: "first" }, "Submit");
   let typing = 0;
-  const state = { turn: 0, wrong: null, key: "", sent: "" };
+  const state = { turn: 0, wrong: new Set(), key: "", sent: "" };
 
   const wish = () => ({ config: editor.value, folder: place.value.trim() || null });
 
   function paintGutter() {
     const lines = editor.value.split("\n").length;
-    show(gutter, Array.from({ length: lines }, (_, i) => h("span", { class: i === state.wrong ? "wrong" : null }, String(i + 1))));
+    show(gutter, Array.from({ length: lines }, (_, i) => h("span", { class: state.wrong.has(i) ? "wrong" : null }, String(i + 1))));
     gutter.scrollTop = editor.scrollTop;
   }
 
   function tell(error) {
-    state.wrong = error?.key ? lineOf(editor.value, error.key) : null;
+    const faults = error ? [error, ...(error.others ?? [])] : [];
+    const places = faults.map(({ key }) => (key ? lineOf(editor.value, key) : null));
+    state.wrong = new Set(places.filter((place) => place !== null));
     editor.toggleAttribute("aria-invalid", Boolean(error));
-    if (error) {
-      show(verdict, h("p", { class: "note bad" },
-        error.key && h("code", { class: "key" }, error.key), said(error.key ? error.message.replace(`config: ${error.key}: `, "").replace(`${error.key}: `, "") : error.message)),
-        state.wrong !== null && h("button", { type: "button", class: "link", "data-key": "jump", onclick: jump }, `Go to line ${state.wrong + 1}`));
-    }
+    if (error) show(verdict, faults.map((fault, i) => told(fault, places[i])));
     paintGutter();
   }
 
-  function jump() {
+  function told({ key, message }, place) {
+    return [
+      h("p", { class: "note bad" }, key && h("code", { class: "key" }, key),
+        said(key ? message.replace(`config: ${key}: `, "").replace(`${key}: `, "") : message)),
+      place !== null && h("button", { type: "button", class: "link", "data-key": `jump ${key}`, onclick: () => jump(place) }, `Go to line ${place + 1}`)];
+  }
+
+  function jump(place) {
     const lines = editor.value.split("\n");
-    const begin = lines.slice(0, state.wrong).reduce((sum, line) => sum + line.length + 1, 0);
+    const begin = lines.slice(0, place).reduce((sum, line) => sum + line.length + 1, 0);
     editor.focus();
-    editor.setSelectionRange(begin, begin + lines[state.wrong].length);
-    editor.scrollTop = Math.max(0, (state.wrong - 5) * parseFloat(getComputedStyle(editor).lineHeight));
+    editor.setSelectionRange(begin, begin + lines[place].length);
+    editor.scrollTop = Math.max(0, (place - 5) * parseFloat(getComputedStyle(editor).lineHeight));
   }
 
   async function validate(quick) {
