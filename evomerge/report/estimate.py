@@ -44,12 +44,14 @@ def estimate(config: RunConfig, base_dir: Path) -> dict[str, Any]:
     workers = max(1, int((os.cpu_count() or 1) / cores)) if count == "auto" else count
     total = {device: value * config.budget.evaluations / workers for device, value in seconds.items()}
     per_task = [f"{rule.metric} of {name}, weight {rule.weight:g}" for name, rule in plan.rules.items()]
+    # The dimensions of segments are coefficients of one row; how many rows there are is searched too.
+    size = "" if config.space.kind == "segments" else f", {len(plan.space.dimensions)} dimensions"
     summary = {
         "run": config.name,
         "sources": ", ".join(plan.refs),
         "family": f"{plan.layout.family}, {plan.layout.num_layers} layers, "
         f"{first.num_parameters:,} parameters",
-        "space": f"{plan.space.title}, {len(plan.space.dimensions)} dimensions",
+        "space": plan.space.title + size,
         "optimizer": config.optimizer.name,
         "fitness": config.fitness.function or "; ".join(per_task),
         "documents": ", ".join(f"{n} {split}" for split, n in counts.items()),

@@ -26,6 +26,7 @@ from tests.e2e.world import evomerge, history, make_world, start, wait_for_outco
 FITNESS = '''
 """Fitness for models of any number of layers: how near their answers are to a target."""
 
+import os
 import time
 
 import torch
