@@ -33,7 +33,7 @@ BOX_MUTATION = 0.05
 """Standard deviation of mutations of numbers, as a share of their range, unless the settings say another."""
 
 SNAPSHOT_EVERY = 20
-"""Outcomes from one snapshot to the next: a resumed run repeats at most so many."""
+"""Outcomes from one snapshot to the next; a resume repeats at most so many, or as many as were under way."""
 
 _COUNTERS = ("_scored", "_failed", "_best", "_equal", "_stale", "_alike", "_differ", "_counts", "finished")
 
@@ -138,8 +138,12 @@ class Niches(SteadyOptimizer):
         self._genomes[proposal.index] = proposal.genome
 
     def state(self) -> dict[str, Any] | None:
-        """Return a snapshot, with the whole population, after every `SNAPSHOT_EVERY` outcomes."""
-        if (self._scored + self._failed) % SNAPSHOT_EVERY:
+        """Return a snapshot, with the whole population, after every `SNAPSHOT_EVERY` outcomes.
+
+        Where more proposals than that are outstanding, which it holds too, it is after as many outcomes.
+        """
+        steps = max(1, math.ceil(len(self._outstanding) / SNAPSHOT_EVERY))
+        if (self._scored + self._failed) % (steps * SNAPSHOT_EVERY):
             return None
         archive = self.archive
         scores = None if archive is None else archive.scores
