@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import importlib.metadata
 import math
@@ -19,7 +18,8 @@ from evomerge.checkpoints.layout import Layout, check_compatible, layout_of
 from evomerge.checkpoints.source import Checkpoint
 from evomerge.checkpoints.whole import why_not_made
 from evomerge.config import RunConfig
-from evomerge.errors import ConfigError, FitnessError, Gathering, RecipeError, nearest
+from evomerge.errors import ConfigError, Gathering, RecipeError
+from evomerge.fitness.callables import check_callable
 from evomerge.fitness.greedy import is_plain_greedy, no_sampling
 from evomerge.fitness.measures import MEASURES
 from evomerge.fitness.scoring import TaskRule
@@ -36,7 +36,7 @@ from evomerge.spaces.making import Depths, make_space
 from evomerge.spaces.parameter import ParameterSpace
 from evomerge.spaces.segments import SegmentSpace
 from evomerge.spaces.settings import ParameterSettings, SegmentsSettings
-from evomerge.strict import canonical_json, read_text
+from evomerge.strict import canonical_json
 from evomerge.workers.settings import NO_FUNCTION, WorkerSpec, vllm_refuses
 
 LIBRARIES = ("torch", "transformers", "lm-eval", "datasets", "cmaes", "optuna", "numpy", "ray")
@@ -117,7 +117,8 @@ class Plan:
                 with gathering.kept():
                     opened[ref.name] = open_source(ref, self.base_dir)
             with gathering.kept():
-                self._check_function()
+                if self.config.fitness.function is not None:
+                    check_callable(self.config.fitness.function, self.base_dir)
             with gathering.kept():
                 self._check_output()
         return opened
@@ -160,28 +161,6 @@ class Plan:
             task = loaded.task
             if task.OUTPUT_TYPE == "generate_until" and not is_plain_greedy(task.config.generation_kwargs):
                 raise ConfigError(no_sampling(name))
-
-    def _check_function(self) -> None:
-        """Look for the fitness callable without importing it, which may load torch."""
-        spec = self.config.fitness.function or ""
-        where, _, name = spec.rpartition(":")
-        if not where.endswith(".py"):
-            if where and not all(part.isidentifier() for part in where.split(".")):
-                raise FitnessError(
-                    f"fitness.function: {spec}: expected module:name or file.py:name, got no name of a module"
-                )
-            return
-        file = self.base_dir / where
-        try:
-            tree = ast.parse(read_text(file, FitnessError), str(file))
-        except SyntaxError as problem:
-            raise FitnessError(f"fitness.function: {file}: line {problem.lineno}: {problem.msg}") from None
-        nodes = list(ast.walk(tree))
-        words = {node.id for node in nodes if isinstance(node, ast.Name)}
-        words |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-        words |= {node.asname or node.name for node in nodes if isinstance(node, ast.alias)}
-        if name not in words:
-            raise FitnessError(f'fitness.function: {spec}: the file has no "{name}"{nearest(name, words)}')
 
     def _base(self) -> SourceRef | None:
         base = self.config.sources.base

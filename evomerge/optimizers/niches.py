@@ -21,7 +21,7 @@ from evomerge.optimizers.niches_archive import Archive, EliteGrid, NicheArchive
 from evomerge.optimizers.niches_coding import BoxCoding, Coding
 from evomerge.optimizers.niches_crossover import Angle, cross, draw_cuts
 from evomerge.optimizers.niches_evolution import Evolution
-from evomerge.optimizers.niches_sharing import Array
+from evomerge.optimizers.niches_sharing import Array, binary_only
 from evomerge.optimizers.packing import pack, unpack
 from evomerge.optimizers.settings import NichesSettings
 from evomerge.records import Genome, Proposal, Value
@@ -147,7 +147,7 @@ class Niches(SteadyOptimizer):
             return None
         archive = self.archive
         scores = None if archive is None else archive.scores
-        if scores is not None and ((scores == 0.0) | (scores == 1.0)).all():
+        if scores is not None and binary_only(scores):
             scores = scores.astype(np.uint8)
         return {
             "kind": self._kind(),

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from evomerge.optimizers.niches_sharing import Array, attraction, plain_fitness, worth
+from evomerge.optimizers.niches_sharing import Array, attraction, binary_only, plain_fitness, worth
 
 
 class Archive(Protocol):
@@ -83,7 +83,7 @@ class NicheArchive:
     def add(self, number: int, scores: Array) -> int | None:
         """Take in an individual; of the least fit the one who came first leaves."""
         self._rows[len(self._numbers)] = scores
-        self._binary = self._binary and bool(((scores == 0.0) | (scores == 1.0)).all())
+        self._binary = self._binary and binary_only(scores)
         self._numbers.append(number)
         self._forget()
         if len(self._numbers) <= self._size:

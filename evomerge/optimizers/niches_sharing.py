@@ -13,6 +13,11 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
+def binary_only(scores: Array) -> bool:
+    """Return whether all scores are 0 or 1."""
+    return bool(((scores == 0.0) | (scores == 1.0)).all())
+
+
 def plain_fitness(scores: Array, weights: Array) -> Array:
     """Return each individual's weighted sum of scores; equal rows give equal sums, on any processor.
 

@@ -157,6 +157,13 @@ def test_a_search_over_segments_killed_anywhere_goes_on_as_it_was(settings: dict
         assert (resumed.archive.scores == whole.archive.scores).all()
 
 
+def test_snapshots_are_as_far_apart_as_proposals_are_under_way() -> None:
+    for lag, places in ((4, [20, 40, 60, 80]), (30, [40, 80])):
+        kinds = [kind for kind, _ in record(made(), 180 + lag, lag)]
+        told = [kinds[:place].count("tell") for place, kind in enumerate(kinds) if kind == "state"]
+        assert told == places
+
+
 def test_scores_of_zero_and_one_take_the_quick_way_to_the_same_numbers() -> None:
     chance = stream(4, "scores")
     scores = chance.integers(0, 2, (9, 301)).astype(float)
